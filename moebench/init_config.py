@@ -42,6 +42,11 @@ class Parent:
             return cls(kind="stage", name=stage["stage"], label=stage["label"])
         if text.startswith("hf:") and len(text) > 3:
             return cls(kind="hf", name=text[3:])
+        if text.startswith("run:"):
+            raise UsageError(
+                f"init.from: '{text[:100]}' names no run (allowed: run: and 1 to 12 hexadecimal digits, the beginning"
+                " of an id; run:ID@STEP with a step of train.keep_checkpoints)"
+            )
         raise UsageError(f"init.from: '{text[:100]}' names no weights (allowed: {ALLOWED})")
 
     @property

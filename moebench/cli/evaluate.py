@@ -136,11 +136,11 @@ class _Progress:
         self._show = print_progress("requests")
         self._stream = sys.stderr
 
-    def __call__(self, number: int, total: int) -> None:
+    def __call__(self, subject: str, number: int, total: int) -> None:
         import contextlib
 
         with contextlib.redirect_stderr(self._stream):
-            self._show(number, total)
+            self._show(number, total, subject)
 
 
 def _report_pretrained(

@@ -2,8 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from moebench.printable import print_text
 
@@ -28,15 +28,23 @@ MAX_FITTED_ROWS = 1000
 """Longer tables are not fitted to the terminal, which would take milliseconds for each row."""
 
 
-def print_progress(what: str) -> Callable[[int, int], None]:
+class Progress(Protocol):
+    """Shows a number and a total, after the name of what they are of."""
+
+    def __call__(self, number: int, total: int, subject: str = "") -> None:
+        """Print both on standard error, once in a while."""
+
+
+def print_progress(what: str) -> Progress:
     """Return a function of a number and a total that prints both on standard error, once in a while."""
     printed_at = time.monotonic()
 
-    def show(number: int, total: int) -> None:
+    def show(number: int, total: int, subject: str = "") -> None:
         nonlocal printed_at
         if time.monotonic() - printed_at >= PROGRESS_EVERY_S:
             printed_at = time.monotonic()
-            print_text(f"{number:,} of {total:,} {what}", file=sys.stderr)
+            prefix = f"{subject}: " if subject else ""
+            print_text(f"{prefix}{number:,} of {total:,} {what}", file=sys.stderr)
 
     return show
 

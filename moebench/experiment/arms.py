@@ -93,13 +93,23 @@ def resolve_arms(
     arms: list[Arm] = []
     for number, (point, cell) in enumerate(zip(points, configs, strict=True)):
         resolution.on_progress(number, len(points))
-        check_cell(cell)
+        _check_arm(cell, labels[number], is_only=len(points) == 1)
         digest = resolution.find_digest(cell)
         varies = _list_varied_keys(point, cell)
         arms.append(Arm(label=labels[number], config=cell, varies=varies, data_digest=digest, axes=axes[number]))
     _refuse_equal_cells(arms, where, remedy)
     dropped = {label: point.dropped for label, point in zip(labels, points, strict=True) if point.dropped}
     return arms, tuple(note_dropped_axes(dropped))
+
+
+def _check_arm(cell: CellConfig, label: str, *, is_only: bool) -> None:
+    """Raise UsageError, with the arm where there are several, for a cell that could not be trained."""
+    try:
+        check_cell(cell)
+    except UsageError as error:
+        if is_only:
+            raise
+        raise UsageError(f"{error}; arm '{label}'") from error
 
 
 def note_partial_overrides(

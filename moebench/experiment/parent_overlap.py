@@ -1,7 +1,7 @@
 """Parents that were trained on the test text of their children: a gain on it would be memory, not adaptation."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,6 +10,8 @@ from moebench.errors import UsageError
 from moebench.experiment.cells import list_ancestors
 from moebench.experiment.model_costs import ModelCosts
 from moebench.init_config import Parent
+from moebench.pretrained.folder import PREFIX, open_pretrained
+from moebench.pretrained.parent import read_parent
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.schema import CellConfig
@@ -35,10 +37,25 @@ def require_no_overlap(cells: Sequence[Cell], costs: ModelCosts) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
+def describe_training_text(parent: Parent) -> str:
+    """Return what a folder says of the text that its model was trained on, which nothing proves."""
+    cell = read_parent(open_pretrained(f"{PREFIX}{parent.name}", requires_experts=False)).cell or {}
+    task = cell.get("task")
+    if not isinstance(task, Mapping) or not isinstance(task.get("data"), Mapping):
+        return f"what {parent} was trained on is unknown"
+    keys = ("path", "dataset", "held_out_domains")
+    data = ", ".join(f"task.data.{key}={str(task['data'][key])[:100]!r}" for key in keys if task["data"].get(key))
+    return f"{parent} was trained on {data or 'the embedded text'}, as its config.json says, and is not compared"
+
+
 def _check_cell(cell: Cell, costs: ModelCosts) -> Iterator[str]:
     child = costs.task(cell.config)
     for parent in _iterate_ancestors(cell, costs):
         label = f"{parent.source}{parent.origin}"
+        if parent.source.kind == "hf":
+            known = describe_training_text(parent.source)
+            yield f"init.from: {known}{parent.origin}; its text may have the test text of this task"
+            continue
         if parent.config is None or not parent.has_same_data:
             yield f"init.from: what {label} was trained on is unknown; its text may have the test text of this task"
             continue

@@ -41,8 +41,8 @@ def test_parents_are_parsed(text: str, parent: Parent) -> None:
     ("init", "message"),
     [
         ({"from": "model.safetensors"}, "init.from: 'model.safetensors' names no weights (allowed: null, run:ID"),
-        ({"from": "run:../../x"}, "init.from: 'run:../../x' names no weights"),
-        ({"from": "run:ab@0"}, "init.from: 'run:ab@0' names no weights"),
+        ({"from": "run:../../x"}, "init.from: 'run:../../x' names no run (allowed: run: and 1 to 12 hexadecimal"),
+        ({"from": "run:ab@0"}, "init.from: 'run:ab@0' names no run"),
         ({"from": "hf:"}, "init.from: 'hf:' names no weights"),
         ({"from_": "run:ab"}, "init.from_: init has no key 'from_'. Did you mean 'from'?"),
         ({"upcycle": {"copies": 0}}, "init.upcycle.copies must be all, or a number of experts, at least 1, got 0"),

@@ -15,6 +15,9 @@ from moebench.analysis.compare.verdict import Verdict
 OBSTACLES: tuple[Verdict, ...] = ("diverged", "not matched")
 """Verdicts of `compare` that hold for every metric."""
 
+OTHER_ITEMS = "≠items"
+"""Mark of an arm whose runs have other items than the baseline's."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Obstacle:
@@ -23,6 +26,8 @@ class Obstacle:
     verdict: Verdict | None = None
     level: float = st.ALPHA
     """Level of the look; see the page on statistics."""
+    marks: tuple[str, ...] = ()
+    """Marks of `compare` that say in what the arm is not matched."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,8 @@ class BenchmarkDifference:
     """The larger p of that over seeds and items and that by the noise of the whole table, corrected over the arms."""
     verdict: Verdict
     level: float
+    marks: tuple[str, ...] = ()
+    """In what an arm that is not matched differs."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
@@ -51,6 +58,7 @@ class BenchmarkDifference:
             "p_holm": self.p_holm,
             "level": self.level,
             "verdict": self.verdict,
+            "marks": list(self.marks),
         }
 
 
@@ -100,6 +108,7 @@ def compare_task(
         obstacle, higher = obstacles.get(arm, Obstacle()), example.is_better_if_higher(metric)
         decided = _decide(pairs.get(arm), p_holm.get(arm), obstacle.level, higher_is_better=higher)
         verdict = obstacle.verdict or ("not matched" if arm in unmatched else decided)
+        marks = (*obstacle.marks, *((OTHER_ITEMS,) if arm in unmatched else ()))
         differences.append(
             BenchmarkDifference(
                 arm=arm,
@@ -108,6 +117,7 @@ def compare_task(
                 p_holm=p_holm.get(arm),
                 verdict=verdict,
                 level=obstacle.level,
+                marks=marks if verdict == "not matched" else (),
             )
         )
     return TaskComparison(task=task, metric=metric, baseline=baseline, results=results, differences=tuple(differences))

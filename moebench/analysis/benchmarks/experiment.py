@@ -82,8 +82,12 @@ def _find_runs(experiment: Experiment, results: Path) -> tuple[list[tuple[str, S
 
 def _find_obstacles(experiment: Experiment, results: Path) -> dict[str, Obstacle]:
     """Return what the comparison by the task's own metric says of each arm: divergence, unequal cost, its level."""
-    differences: Sequence[Any] = compare_experiment(experiment, results).differences
+    comparison = compare_experiment(experiment, results)
+    marks = {arm.arm: tuple(mark for mark in arm.marks if mark.startswith("≠")) for arm in comparison.arms}
+    differences: Sequence[Any] = comparison.differences
     return {
-        each.arm: Obstacle(verdict=each.verdict if each.verdict in OBSTACLES else None, level=each.level)
+        each.arm: Obstacle(
+            verdict=each.verdict if each.verdict in OBSTACLES else None, level=each.level, marks=marks[each.arm]
+        )
         for each in differences
     }

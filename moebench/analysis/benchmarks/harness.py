@@ -23,17 +23,19 @@ CHUNK_REQUESTS = 256
 DEFAULT_NEW_TOKENS = 256
 """Tokens that are generated where a task sets no limit; as lm-eval."""
 MAX_NEW_TOKENS = 4096
+NOISY_LIBRARIES = ("lm_eval", "datasets", "huggingface_hub", "fsspec")
+"""Libraries whose logs would come before the one line of an error: each attempt to reach a server, for one."""
 PYTHON_SEED, NUMPY_SEED = 0, 1234
 WEIGHTED = ("bits_per_byte", "byte_perplexity", "word_perplexity")
 """Metrics whose items are a log-probability and the number of units that it is divided by."""
-Progress = Callable[[int, int], None]
-"""Called with the number of requests that are done, and that of all."""
 
 
 class HarnessModel(LM):  # type: ignore[misc]  # lm-eval has no types
     """Takes responses to the requests of one task from the record, and computes those that are missing."""
 
-    def __init__(self, load: Callable[[], TextModel], record: EvaluationRecord, on_progress: Progress) -> None:
+    def __init__(
+        self, load: Callable[[], TextModel], record: EvaluationRecord, on_progress: Callable[[int, int], None]
+    ) -> None:
         """`load`: returns the model; called only if a response is missing."""
         super().__init__()
         self._load = load
@@ -119,7 +121,7 @@ def _read_prompt(arguments: Sequence[Any], domain: object) -> Prompt:
 
 @contextlib.contextmanager
 def quiet_harness() -> Iterator[None]:
-    """Keep lm-eval's notes and progress bars from both streams, and templates of tasks in a sandbox.
+    """Keep notes and progress bars of lm-eval and its libraries from both streams, and templates of tasks in a sandbox.
 
     Templates come from files of strangers; the sandbox of jinja2 refuses attributes that lead to code. Functions of
     tasks that draw find the global generators in the states that lm-eval's command sets.
@@ -127,21 +129,23 @@ def quiet_harness() -> Iterator[None]:
     from jinja2 import StrictUndefined
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    logger, original = logging.getLogger("lm_eval"), harness_utils.env
+    loggers, original = [logging.getLogger(name) for name in NOISY_LIBRARIES], harness_utils.env
     sandbox = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
     sandbox.filters.update(original.filters)
-    level, sink = logger.level, io.StringIO()
+    levels, sink = [logger.level for logger in loggers], io.StringIO()
     states = random.getstate(), np.random.get_state()
     random.seed(PYTHON_SEED)
     np.random.seed(NUMPY_SEED)
-    logger.setLevel(logging.CRITICAL)
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     harness_utils.env = sandbox
     try:
         with contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
             yield
     finally:
         harness_utils.env = original
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         random.setstate(states[0])
         np.random.set_state(states[1])
 

@@ -28,7 +28,7 @@ EVALUATIONS = "evaluations"
 REFERENCE = "unigram"
 
 
-def _ignore(number: int, total: int) -> None:
+def _ignore(subject: str, number: int, total: int) -> None:
     """Show nothing."""
 
 
@@ -42,8 +42,8 @@ class EvaluationOptions:
     """The first items of each task alone; None: all."""
     batch_size: int = 16
     """Sequences that are in the model at a time; no result depends on it."""
-    on_progress: Callable[[int, int], None] = _ignore
-    """Called with the number of requests of a task that are done, and that of all."""
+    on_progress: Callable[[str, int, int], None] = _ignore
+    """Called with what is evaluated and on which task, the number of requests that are done, and that of all."""
 
 
 class Benchmarks:
@@ -81,7 +81,8 @@ class Benchmarks:
             return models[0]
 
         folder = run.folder.path / EVALUATIONS
-        return [self._evaluate(task, run.id, folder, load, {"length": run.task.sequence_length}) for task in tasks]
+        name, settings = f"{stored.arm}, seed {stored.seed}", {"length": run.task.sequence_length}
+        return [self._evaluate(task, run.id, folder, load, settings, name) for task in tasks]
 
     def compute_references(self, stored: StoredRun, results: Path) -> list[TaskResult]:
         """Return what token frequencies of the training split alone reach on the tasks that ask for probabilities."""
@@ -95,7 +96,7 @@ class Benchmarks:
             key = task.name, run_task.digest
             if key not in self._references:
                 record = EvaluationRecord(path=Path(), header={})
-                self._references[key] = self._run_task(task, REFERENCE, record, lambda: model)
+                self._references[key] = self._run_task(task, REFERENCE, record, lambda: model, REFERENCE)
             computed.append(self._references[key])
         return computed
 
@@ -120,7 +121,7 @@ class Benchmarks:
 
         name = f"{folder.path.resolve().name}-{folder_digest(folder)}"
         settings = {"dtype": dtype, "length": max_length}
-        return [self._evaluate(task, name, results / EVALUATIONS / name, load, settings) for task in tasks]
+        return [self._evaluate(task, name, results / EVALUATIONS / name, load, settings, subject) for task in tasks]
 
     def _evaluate(
         self,
@@ -129,18 +130,19 @@ class Benchmarks:
         folder: Path,
         load: Callable[[], TextModel],
         settings: Mapping[str, object],
+        name: str,
     ) -> TaskResult:
         with open_record(folder, subject, task.name, {**task.settings, **settings}) as record:
-            result = self._run_task(task, subject, record, load)
+            result = self._run_task(task, subject, record, load, name)
             record.append_items(result.items)
         return result
 
     def _run_task(
-        self, task: BenchmarkTask, subject: str, record: EvaluationRecord, load: Callable[[], TextModel]
+        self, task: BenchmarkTask, subject: str, record: EvaluationRecord, load: Callable[[], TextModel], name: str
     ) -> TaskResult:
         from moebench.analysis.benchmarks.harness import HarnessModel, evaluate_task
 
-        model = HarnessModel(load, record, self.options.on_progress)
+        model = HarnessModel(load, record, partial(self.options.on_progress, f"{name}, {task.name}"))
         items, metrics = evaluate_task(
             model, task.task, task.name, limit=self.options.limit, seed=self.options.reading.seed
         )

@@ -48,7 +48,10 @@ class PretrainedTokenModel:
         if folder.family.is_encoder_decoder:
             raise UsageError(f"{folder.path}: a {folder.family.title} model has an encoder (allowed: causal models)")
         if folder.family.model_type == OWN_FORMAT:
-            raise UsageError(f"{folder.path}: transformers cannot load it (allowed: the run, export --format hf)")
+            raise UsageError(
+                f"{folder.path}: is an export with --format safetensors, which transformers cannot load (allowed: the"
+                " run itself, by its id, and exports with --format hf, where transformers has the model)"
+            )
         self.folder = folder
         self.tokenizer = read_tokenizer(folder)
         self.encoder = FolderEncoder(tokenizer=self.tokenizer)

@@ -3,9 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from moebench.analysis.benchmarks.comparison import TaskComparison, average
+from moebench.analysis.benchmarks.comparison import OTHER_ITEMS, TaskComparison, average
 from moebench.analysis.benchmarks.experiment import ExperimentEvaluation
 from moebench.analysis.benchmarks.results import ACCURACIES, TaskResult, compute_trivial_accuracy
+from moebench.analysis.compare.legend import MARK_MEANINGS
 from moebench.reporting.formatting import (
     MISSING,
     format_number,
@@ -122,12 +123,19 @@ def build_experiment_report(evaluation: ExperimentEvaluation) -> Report:
             if table is not None
         ),
         problems=(*evaluation.problems, *_list_truncated(every)),
-        notes=COMPARISON_NOTES,
+        notes=(*COMPARISON_NOTES, *_explain_marks(comparisons)),
         values={
             "tasks": {each.task: _comparison_values(each, references.get(each.task)) for each in comparisons},
             "problems": list(evaluation.problems),
         },
     )
+
+
+def _explain_marks(comparisons: Sequence[TaskComparison]) -> list[str]:
+    """Return what the marks of arms that are not matched mean."""
+    meanings = {**MARK_MEANINGS, OTHER_ITEMS: "other items than the baseline's, as with another text"}
+    marks = dict.fromkeys(mark for each in comparisons for difference in each.differences for mark in difference.marks)
+    return [f"{mark}: {meanings[mark]}." for mark in marks]
 
 
 def _build_task_table(comparison: TaskComparison, reference: TaskResult | None) -> Table:
@@ -167,7 +175,7 @@ def _arm_row(comparison: TaskComparison, arm: str, metrics: Sequence[str]) -> tu
         MISSING if pair is None else format_signed(pair.mean),
         interval,
         format_p(difference.p_holm),
-        difference.verdict,
+        f"{difference.verdict} ({', '.join(difference.marks)})" if difference.marks else difference.verdict,
     )
 
 

@@ -166,9 +166,11 @@ def _list_notes(arms: MeasuredArms, compared: Collection[ArmFairness], num_evalu
     lines = [f"{', '.join(names)}: {note}" for note, names in notes.items()]
     if 0 < num_evaluations < MIN_EVALUATIONS:
         every = max(arms.num_steps // 20, 1)
+        is_too_short = arms.num_steps < MIN_EVALUATIONS
+        remedy = f"train.steps={MIN_EVALUATIONS} or more" if is_too_short else f"train.eval_every={every}"
         lines.append(
             f"only {format_plural(num_evaluations, 'evaluation')} of a run: equal budgets and speed-ups are read"
-            f" between evaluations and need {MIN_EVALUATIONS}; train with train.eval_every={every}"
+            f" between evaluations and need {MIN_EVALUATIONS}; train with {remedy}"
         )
     if any(arm.equal["seconds"].pair and _is_slower(arms, arm.arm) for arm in compared):
         lines.append(

@@ -4,7 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from moebench.analysis.compare.experiment import list_trained_cells
+from moebench.analysis.compare.experiment import list_trained_cells, read_results
+from moebench.analysis.compare.matching import check_matching
 from moebench.analysis.transfer.measure import RunTransfer, TransferReader
 from moebench.analysis.transfer.values import (
     ArmTransfer,
@@ -39,8 +40,21 @@ def measure_transfer(experiment: Experiment, results: Path) -> Transfer | None:
         reference = find_reference(arm, arms, experiment)
         if reference is not None and summary.target == arms[reference].target:
             gain, loss = compare_with_reference(summary, arms[reference], lower_is_better=facts.lower_is_better)
-            arms[arm] = replace(summary, reference=reference, gain_difference=gain, forgetting_difference=loss)
+            marks = _find_marks(arm, reference, cells, results)
+            summary = replace(summary, reference=reference, reference_marks=marks)
+            arms[arm] = replace(summary, gain_difference=gain, forgetting_difference=loss)
     return Transfer(metric=facts.metric, arms=tuple(_correct(arms)), notes=tuple(notes))
+
+
+def _find_marks(arm: str, reference: str, cells: Sequence[Cell], results: Path) -> tuple[str, ...]:
+    """Return in what the finished runs of an arm are not matched with those of the arm that it is compared with."""
+    runs = {
+        name: [
+            run for run in read_results([cell for cell in cells if cell.arm == name], results) if run.status == "done"
+        ]
+        for name in (reference, arm)
+    }
+    return tuple(mismatch.mark for mismatch in check_matching(runs, reference, allow=True).get(arm, ()))
 
 
 def _correct(arms: Mapping[str, ArmTransfer]) -> Iterator[ArmTransfer]:

@@ -1,8 +1,11 @@
 """Transfer as tables: gain and forgetting, arms beside the baseline's kind, changes by domain, costs."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from statistics import fmean
 
+from moebench.analysis import statistics as st
+from moebench.analysis.compare.legend import MARK_MEANINGS
 from moebench.analysis.transfer.values import ArmTransfer, Change, Transfer
 from moebench.reporting.formatting import (
     MISSING,
@@ -18,7 +21,7 @@ from moebench.reporting.table import Column, Table
 LEGEND = (
     "target gain: how much better a run is than its parent on the test text of the domains that it was trained on."
     " source forgetting: how much worse it is than its parent on those that the parent was trained on. Both are paired"
-    " by seed, with 95 % t intervals; p Holm: corrected over the arms of the column.",
+    " by seed, with 95 % t intervals from three seeds on; p Holm: corrected over the arms of the column.",
 )
 ARM = Column(header="arm", align="left", wraps=True, is_key=True)
 
@@ -67,7 +70,11 @@ def _build_change_table(transfer: Transfer) -> Table:
             )
             for arm in transfer.arms
         ),
-        notes=(*_describe_domains(transfer), *(f"{note}." for note in transfer.notes)),
+        notes=(
+            *_describe_domains(transfer),
+            *_describe_few_seeds(transfer.arms),
+            *(f"{note}." for note in transfer.notes),
+        ),
     )
 
 
@@ -97,7 +104,7 @@ def _build_reference_table(transfer: Transfer) -> Table:
         ),
         rows=tuple(
             (
-                arm.arm,
+                f"{arm.arm} ({', '.join(arm.reference_marks)})" if arm.reference_marks else arm.arm,
                 arm.reference,
                 _format_change(arm.gain_difference),
                 _format_p(arm.gain_difference),
@@ -106,7 +113,21 @@ def _build_reference_table(transfer: Transfer) -> Table:
             )
             for arm in arms
         ),
+        notes=tuple(_explain_marks(arms)),
     )
+
+
+def _explain_marks(arms: Sequence[ArmTransfer]) -> list[str]:
+    """Return what the marks of arms that are not matched with their reference mean."""
+    marks = dict.fromkeys(mark for arm in arms for mark in arm.reference_marks)
+    return [f"{mark}: {MARK_MEANINGS[mark]} (here the arm in the column minus)." for mark in marks]
+
+
+def _describe_few_seeds(arms: Sequence[ArmTransfer]) -> list[str]:
+    """Return why arms have no interval and no p value, where they have too few seeds."""
+    few = [arm.arm for arm in arms if len(arm.runs) < st.MIN_SEEDS]
+    names = "" if len(few) == len(arms) else f"{', '.join(few)}: "
+    return [f"{names}no interval and no p value with fewer than {st.MIN_SEEDS} seeds."] if few else []
 
 
 def _build_domain_table(transfer: Transfer) -> Table:

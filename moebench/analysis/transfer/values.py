@@ -36,6 +36,8 @@ class ArmTransfer:
     """Metric on the sources, parent to run: positive where the run is worse. None without sources."""
     reference: str = ""
     """The arm of the baseline's kind that is equal in all other axes; empty: none."""
+    reference_marks: tuple[str, ...] = ()
+    """In what the arm is not matched with the reference, as the marks of `compare`."""
     gain_difference: Change | None = None
     """Gain minus that of the reference, over common seeds."""
     forgetting_difference: Change | None = None
@@ -74,6 +76,7 @@ class ArmTransfer:
             **{name: self.mean(name) for name in names},
             **{name: asdict(change) if (change := getattr(self, name)) else None for name in changes},
             "reference": self.reference or None,
+            "reference_marks": list(self.reference_marks),
             "domains": self.domain_changes,
             "train_flops": {
                 "parent": fmean(run.train_flops[0] for run in self.runs),

@@ -208,9 +208,11 @@ def _windows(
 ) -> TextSplit:
     for domain, length in zip(domains, lengths, strict=False):  # held-out ones are in the test split only
         if length <= sequence_length:  # a window has one token more than it predicts
+            subject = "the text has" if list(domains) == ["all"] else f"domain '{domain}' has"
+            remedy = ", more text, or task.data.domain_column=null" if len(domains) > 1 else ", or more text"
             raise UsageError(
-                f"task.data: domain '{domain}' has {length} tokens of {name} text, less than one window of "
-                f"{sequence_length + 1}; use a shorter sequence, more text, or task.data.domain_column=null"
+                f"task.data: {subject} {length} tokens of {name} text, less than one window of "
+                f"{sequence_length + 1}; use a shorter sequence{remedy}"
             )
     return TextSplit(
         tokens=TokenStream([arrays[f"{name}-tokens"]]),

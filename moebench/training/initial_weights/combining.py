@@ -48,7 +48,6 @@ def join_parents(
     return StackedParents(parents, shares, sources, parent_of_expert, child_shapes)
 
 
-<<<<<<< HEAD
 def _has_experts(parent: ParentWeights) -> bool:
     return any(".bank." in name for name in parent.shapes)
 
@@ -69,21 +68,6 @@ def _require_equal_shapes(first: ParentWeights, other: ParentWeights, parents: S
     first_shapes, other_shapes = (_list_shapes(parent, parents) for parent in (first, other))
     for name in {**first_shapes, **other_shapes}:
         ours, theirs = first_shapes.get(name), other_shapes.get(name)
-=======
-def _has_experts(parent: ParentWeights) -> bool:
-    return any(".bank." in name for name in parent.shapes)
-
-
-def _require_equal_shapes(first: ParentWeights, other: ParentWeights) -> None:
-    sparse, dense = sorted((first, other), key=_has_experts, reverse=True)
-    if _has_experts(sparse) and not _has_experts(dense):
-        raise UsageError(
-            f"init.combine: {sparse.label} has experts and {dense.label} has none (allowed: parents of one shape, for"
-            " init.combine=experts dense ones)"
-        )
-    for name in {**first.shapes, **other.shapes}:
-        ours, theirs = first.shapes.get(name), other.shapes.get(name)
->>>>>>> mendX
         if ours != theirs:
             shapes = ["none" if shape is None else list(shape) for shape in (ours, theirs)]
             raise UsageError(

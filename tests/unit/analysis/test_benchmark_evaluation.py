@@ -1,6 +1,7 @@
 """Tasks of lm-eval's form on a trained run, against numbers from its logits; what is stored is not computed again."""
 
 import json
+import logging
 import math
 import shutil
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from support.benchmark_tasks import ITEMS, NAMES, write_tasks
 from support.command_line import CommandLine, Results
 
+from moebench.analysis.benchmarks.comparison import Obstacle, compare_task
 from moebench.analysis.benchmarks.experiment import evaluate_experiment
 from moebench.analysis.benchmarks.measure import Benchmarks, EvaluationOptions
 from moebench.analysis.benchmarks.report import build_experiment_report, build_model_report
@@ -189,7 +191,11 @@ def test_arms_are_compared_item_by_item(results: Path, tmp_path: Path) -> None:
     experiment = expand(Path("tiny.yaml"))
     reading = TaskOptions(include=write_tasks(tmp_path / "tasks"))
     options = EvaluationOptions(tasks=("sentences", "animals"), reading=reading)
+    progress: list[str] = []
+    options = replace(options, on_progress=lambda subject, number, total: progress.append(f"{subject} {number}"))
     evaluation = evaluate_experiment(experiment, results, options)
+    assert progress[:2] == ["dense, seed 0, sentences 6", "dense, seed 0, animals 18"]
+    assert "unigram, sentences 6" in progress
     sentences, animals = evaluation.comparisons
     assert [difference.arm for difference in sentences.differences] == ["switch", "top_k"]
     for difference in sentences.differences:
@@ -202,6 +208,11 @@ def test_arms_are_compared_item_by_item(results: Path, tmp_path: Path) -> None:
     report = build_experiment_report(evaluation)
     assert report.values["tasks"]["animals"]["differences"]["switch"]["seeds"] == [0, 1, 2]
     assert "| (constant answer) |" in report.to_markdown()
+    unequal = {"switch": Obstacle(verdict="not matched", marks=("≠FLOPs",))}
+    comparison = compare_task("animals", animals.results, "dense", unequal)
+    marked = build_experiment_report(replace(evaluation, comparisons=(comparison,)))
+    assert "| not matched (≠FLOPs) |" in marked.to_markdown()
+    assert "≠FLOPs: executed forward FLOPs per token are more than 2 %" in marked.to_markdown()
     assert animals.metric == "acc"
 
 
@@ -218,9 +229,27 @@ def test_an_exported_run_has_the_bits_per_byte_of_the_run(results: Path, tmp_pat
         assert result.metrics["bits_per_byte"] == pytest.approx(same.metrics["bits_per_byte"], rel=1e-5)
 
 
-def test_a_verdict_needs_seeds_and_the_same_items(results: Path, tmp_path: Path) -> None:
-    from moebench.analysis.benchmarks.comparison import Obstacle, compare_task
+def test_a_safetensors_export_is_refused_with_what_is_evaluated(results: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    opened = TrainedRun.open(results, find_run(results, "dense").id)
+    export_run(opened, ExportOptions(out=out, format="safetensors"), results)
+    benchmarks = Benchmarks(EvaluationOptions(tasks=("moebench_text",)))
+    with pytest.raises(UsageError, match=r"out: is an export with --format safetensors, .*\(allowed: the run itself"):
+        benchmarks.evaluate_pretrained(f"hf:{out}", results, dtype="auto", max_length=None, data="text")
 
+
+def test_libraries_log_nothing_while_tasks_are_read(caplog: pytest.LogCaptureFixture) -> None:
+    from moebench.analysis.benchmarks.harness import quiet_harness
+
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    with quiet_harness():
+        logger.warning("Retrying in 1s [Retry 1/5].")
+    assert caplog.records == []
+    logger.warning("later")
+    assert [record.getMessage() for record in caplog.records] == ["later"]
+
+
+def test_a_verdict_needs_seeds_and_the_same_items(results: Path, tmp_path: Path) -> None:
     base = evaluate(results, write_tasks(tmp_path / "tasks"), tasks=("animals",))["animals"]
 
     def with_scores(*scores: float) -> TaskResult:
@@ -234,6 +263,11 @@ def test_a_verdict_needs_seeds_and_the_same_items(results: Path, tmp_path: Path)
     arms = {"dense": low, "good": high, "two": two, "other": other, "spoiled": high}
     compared = compare_task("animals", arms, "dense", {"spoiled": Obstacle(verdict="diverged")})
     verdicts = {each.arm: each.verdict for each in compared.differences}
+    marks = {each.arm: each.marks for each in compared.differences}
+    assert marks == {"good": (), "two": (), "other": ("≠items",), "spoiled": ()}
+    unequal = {"good": Obstacle(verdict="not matched", marks=("≠FLOPs",))}
+    (refused,) = compare_task("animals", {"dense": low, "good": high}, "dense", unequal).differences
+    assert refused.to_dict()["marks"] == ["≠FLOPs"]
     assert verdicts == {"good": "better", "two": "too few seeds", "other": "not matched", "spoiled": "diverged"}
     (reverse,) = compare_task("animals", {"good": high, "dense": low}, "good", {}).differences
     assert reverse.verdict == "worse"

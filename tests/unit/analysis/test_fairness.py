@@ -70,6 +70,12 @@ def test_too_few_evaluations_are_named_with_the_setting():
     assert any("train.eval_every=5" in note for note in fairness.notes)
 
 
+def test_runs_too_short_for_enough_evaluations_need_more_steps():
+    arms = make_arms({"dense": [make_curve([2.0])] * 3, "switch": [make_curve([1.9])] * 3})
+    (note,) = [note for note in compare_on_axes(replace(arms, num_steps=1)).notes if note.startswith("only 1 eval")]
+    assert note.endswith("need 5; train with train.steps=5 or more")
+
+
 def test_the_first_crossing_counts():
     curve = make_curve([5, 4, 3, 3.5, 1])
     assert find_budget(curve, "steps", 3.25, lower_is_better=True) == (pytest.approx(40 * 1.5**0.75), "reached")

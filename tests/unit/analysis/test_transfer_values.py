@@ -10,7 +10,8 @@ from support.parent_runs import WIDE, child_config, train_parent
 from moebench.analysis.trained_run import TrainedRun
 from moebench.analysis.transfer.evaluation_text import DomainText, EvaluationText
 from moebench.analysis.transfer.measure import RunTransfer, evaluate_on
-from moebench.analysis.transfer.values import compare_with_reference, correct_changes, summarise_arm
+from moebench.analysis.transfer.report import build_transfer_tables
+from moebench.analysis.transfer.values import Transfer, compare_with_reference, correct_changes, summarise_arm
 from moebench.errors import UsageError
 from moebench.parallel.mesh import Mesh
 from moebench.runs.folder import RunFolder
@@ -71,6 +72,19 @@ def test_the_difference_to_the_reference_is_paired_by_seed() -> None:
     assert loss is not None
     assert gain.mean == pytest.approx(0.1)
     assert loss.mean == pytest.approx(-(0.5 + 0.6) / 2)
+
+
+def test_tables_say_why_there_is_no_interval_and_which_arms_are_not_matched() -> None:
+    few, enough = (summarise_arm(name, RUNS[:n], lower_is_better=True) for name, n in (("dense", 2), ("switch", 3)))
+    switch = replace(enough, reference="dense", reference_marks=("≠FLOPs",), gain_difference=enough.gain)
+    change, reference, *_ = build_transfer_tables(Transfer(metric="bits_per_byte", arms=(few, switch)))
+    assert "dense: no interval and no p value with fewer than 3 seeds." in change.notes
+    assert reference.rows[0][:2] == ("switch (≠FLOPs)", "dense")
+    assert reference.notes[0].startswith("≠FLOPs: executed forward FLOPs per token")
+    (change, *_) = build_transfer_tables(Transfer(metric="bits_per_byte", arms=(few,)))
+    assert "no interval and no p value with fewer than 3 seeds." in change.notes
+    (change, *_) = build_transfer_tables(Transfer(metric="bits_per_byte", arms=(enough,)))
+    assert not any("no interval" in note for note in change.notes)
 
 
 def test_p_values_are_corrected_over_the_arms() -> None:

@@ -51,6 +51,14 @@ def test_each_arm_sets_its_own_keys(tmp_path: Path) -> None:
     }
 
 
+def test_an_arm_that_cannot_be_trained_is_named(tmp_path: Path) -> None:
+    arms = [ARMS[0], {"label": "large", "router": {"name": "top_k", "top_k": 8}, "layout": {"num_experts": 4}}]
+    with pytest.raises(UsageError, match=r"^router\.top_k=8 does not fit .*\(allowed: 2 to 4\); arm 'large'$"):
+        experiment(tmp_path, arm=arms)
+    with pytest.raises(UsageError, match=r"\(allowed: 2 to 4\)$"):  # there is no other arm
+        experiment(tmp_path, arm=arms[1:])
+
+
 def test_arms_times_another_axis(tmp_path: Path) -> None:
     expanded = experiment(tmp_path, **{"arm": ARMS[:2], "train.steps": [3, 5]})
     assert expanded.arms == ["dense, steps=3", "dense, steps=5", "low, steps=3", "low, steps=5"]

@@ -7,17 +7,21 @@ from typing import Any
 import pytest
 import yaml
 from support.command_line import tiny, write_text
+from support.parent_runs import PARENT, train_parent
 from support.run_folders import write_cell, write_result
 
+from moebench.analysis.exported_run import ExportOptions, export_run
+from moebench.analysis.trained_run import TrainedRun
 from moebench.config import to_plain
 from moebench.errors import UsageError
 from moebench.experiment.adaptation import AdaptOptions, build_adaptation
 from moebench.experiment.grid import Experiment, expand
 from moebench.experiment.model_costs import ModelCosts
-from moebench.experiment.parent_overlap import require_no_overlap
+from moebench.experiment.parent_overlap import describe_training_text, require_no_overlap
 from moebench.init_config import Parent
 from moebench.runs.folder import RunFolder
 from moebench.tasks.language import TextTask
+from moebench.tasks.task import TASKS
 from moebench.tasks.text.shared_documents import find_shared_documents, iterate_documents
 
 
@@ -119,3 +123,14 @@ def test_documents_are_read_back_from_their_tokens(tmp_path: Path, texts: tuple[
     assert sorted(documents) == sorted(file.read_text() for file in (texts[1] / "test" / "c").glob("*.txt"))
     shared = find_shared_documents(task.text, task.text)
     assert (shared.documents, shared.num_shared) == (3, 0)
+
+
+def test_an_exported_parent_is_described_by_its_configuration(tmp_path: Path, texts: tuple[Path, Path]) -> None:
+    run = train_parent(tmp_path, texts[0])
+    digest = TASKS.get(run.config.task.name).item.source_digest(run.config.task)
+    write_cell(run.folder, config=to_plain(run.config), arm="parent", data={"name": "text", "digest": digest})
+    out = tmp_path / "out"
+    export_run(TrainedRun.open(tmp_path, PARENT), ExportOptions(out=out, format="safetensors"), tmp_path)
+    described = describe_training_text(Parent.parse(f"hf:{out}"))
+    path = run.config.task.data.path  # type: ignore[attr-defined]
+    assert described == f"hf:{out} was trained on task.data.path='{path}', as its config.json says, and is not compared"
