@@ -9,6 +9,7 @@ from typing_extensions import override
 from moebench.config import to_plain
 from moebench.errors import UsageError
 from moebench.experiment.model_costs import ModelCosts
+from moebench.init_config import Parent
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.training.initial_weights.combining import join_parents
@@ -30,12 +31,19 @@ def check_parents(cell: Cell, costs: ModelCosts) -> None:
             parent: ParentWeights = PlannedWeights(planned, costs)
         else:
             parent = open_parent(name, costs.results)
+            _require_one_name(name, parent)
         check_settings(cell.config, parent.settings, parent.label)
         parents.append(select_expert_domains(cell.config, parent, domains, _list_known(domains, parent)))
     if parents:
         check_new_experts(cell.config)
         shapes = costs.facts(cell.config).shapes
         plan_load(cell.config, shapes, join_parents(cell.config, parents, shapes, domains))
+
+
+def _require_one_name(name: Parent, parent: ParentWeights) -> None:
+    """Raise UsageError for the last step of a run by its number: one training would have two ids."""
+    if name.step is not None and name.step == parent.settings["train"]["steps"]:
+        raise UsageError(f"init.from: '{name}' is the last step of the run (allowed: run:{name.name})")
 
 
 def _list_known(domains: Sequence[str], parent: ParentWeights) -> set[str]:

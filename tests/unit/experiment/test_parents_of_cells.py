@@ -55,6 +55,11 @@ def test_cells_whose_parents_do_not_fit_are_refused_by_arm(tmp_path: Path) -> No
     missing = build_cell(child_config(text, router="top_k", init={"from": "run:" + "1" * 12}), "missing")
     with pytest.raises(UsageError, match=r"^missing: init.from: there is no run 1{12} in "):
         require_parents([missing], costs)
+    last = build_cell(child_config(text, router="top_k", init={"from": f"run:{PARENT}@3"}), "last")
+    with pytest.raises(
+        UsageError, match=rf"^last: init.from: 'run:{PARENT}@3' is the last step of the run \(allowed: run:0"
+    ):
+        require_parents([last], costs)
 
 
 @pytest.mark.parametrize(
