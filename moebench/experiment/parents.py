@@ -53,9 +53,9 @@ def require_parents(cells: Sequence[Cell], costs: ModelCosts) -> None:
 
     Nothing is loaded. Of a parent in an earlier stage that is not done yet, the model that it will have must fit.
     """
-    checked: set[tuple[str, str]] = set()
+    checked: set[tuple[str, str, str]] = set()
     for cell in cells:
-        key = (cell.arm, str(cell.config.init.from_))
+        key = (cell.stage, cell.arm, str(cell.config.init.from_))
         if key in checked:
             continue
         checked.add(key)
