@@ -101,3 +101,13 @@ def test_the_digest_of_a_folder_depends_on_which_files_have_its_weights(tmp_path
         values.append(read_weights(tmp_path)["w"].file.name)
     assert values == ["a.safetensors", "b.safetensors"]
     assert digests[0] != digests[1]
+
+
+def test_an_arm_is_checked_in_each_stage(tmp_path: Path) -> None:
+    text = write_text(tmp_path)
+    train_parent(tmp_path, text)
+    costs = ModelCosts(tmp_path)
+    first = replace(build_cell(child_config(text, router="top_k")), stage="first")
+    second = replace(build_cell(child_config(text, router="top_k", model={"d_model": 16})), stage="second")
+    with pytest.raises(UsageError, match=r"^child: model.d_model: 16 here, 8 in run 0{12}"):
+        require_parents([first, second], costs)
