@@ -31,9 +31,9 @@ def measure_trained_part(model: Model, train: TrainConfig, sequence_length: int)
     """Return the cost of the backward pass and the trained share of the parameters; the model may be without storage.
 
     Gradients reach down to the lowest block that has a trained parameter, and are computed for the inputs of all maps
-    above, and for the weights of the trained ones; in that block, where experts or a router is trained, nothing below
-    these has a gradient. Kernels compute the gradients of all experts of a bank, and of their inputs. Of
-    an encoder-decoder, and of experts that are stacks of blocks, the gradients reach everything.
+    there and above, and for the weights of the trained ones. In that block nothing below its experts and its router has
+    a gradient, where only these are trained. Kernels compute the gradients of all experts of a bank, and of their
+    inputs. Of an encoder-decoder, and of experts that are stacks of blocks, the gradients reach everything.
     """
     if train.trainable == "all":
         return ALL
