@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from moebench.experts.layer import MoELayer
 from moebench.models.transformer import Block, Transformer
 from moebench.schema import TrainConfig
 from moebench.training.model import Model
@@ -30,8 +31,9 @@ def measure_trained_part(model: Model, train: TrainConfig, sequence_length: int)
     """Return the cost of the backward pass and the trained share of the parameters; the model may be without storage.
 
     Gradients reach down to the lowest block that has a trained parameter, and are computed for the inputs of all maps
-    there and above, and for the weights of the trained ones. Kernels compute the gradients of all experts of a bank. Of
-    an encoder-decoder, and of experts that are stacks of blocks, the gradients reach everything.
+    there and above, and for the weights of the trained ones. In that block nothing below its experts and its router has
+    a gradient, where only these are trained. Kernels compute the gradients of all experts of a bank, and of their
+    inputs. Of an encoder-decoder, and of experts that are stacks of blocks, the gradients reach everything.
     """
     if train.trainable == "all":
         return ALL
@@ -60,8 +62,14 @@ def _count_factor(model: Model, roles: Sequence[ParameterRole], trained: set[int
         flops = float(block.flops_per_token(length))
         matrices = [parameter for parameter in block.parameters() if id(parameter) in maps]
         products = {id(p): 2 * p.numel() * rows.get(id(p), 1.0) for p in matrices}
-        is_reached = is_reached or any(id(parameter) in trained for parameter in block.parameters())
         forward += flops
+        if not is_reached and any(id(parameter) in trained for parameter in block.parameters()):
+            is_reached = True
+            ends = _list_lowest_matrices(block, trained)
+            if ends is not None:
+                weights = sum(products.get(id(parameter), 0.0) for parameter in ends)
+                backward += weights + sum(products.get(id(p), 0.0) for p in ends if id(p) in rows)
+                continue
         if is_reached:
             of_weights = sum(count for key, count in products.items() if key in trained or key in rows)
             of_inputs = sum(products.values())
@@ -71,6 +79,21 @@ def _count_factor(model: Model, roles: Sequence[ParameterRole], trained: set[int
     forward += head
     backward += head * (is_reached + is_head_trained)
     return (forward + backward) / forward
+
+
+def _list_lowest_matrices(block: Block, trained: set[int]) -> list[nn.Parameter] | None:
+    """Return the parameters of the lowest trained block whose gradients are computed; None where it is all of them.
+
+    They are those of its experts and its trained ones, if these are all of the layer's experts and router.
+    """
+    layer = block.feed_forward
+    if not isinstance(layer, MoELayer):
+        return None
+    experts, router = [*layer.bank.parameters()], [*layer.router.parameters()]
+    trained_here = [parameter for parameter in block.parameters() if id(parameter) in trained]
+    if not {id(parameter) for parameter in trained_here} <= {id(parameter) for parameter in (*experts, *router)}:
+        return None
+    return [*experts, *(parameter for parameter in router if id(parameter) in trained)]
 
 
 def _list_matrices(module: nn.Module) -> list[nn.Parameter]:

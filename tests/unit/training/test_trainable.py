@@ -1,5 +1,6 @@
 """`train.trainable`: what is frozen stays bit for bit, has no state in the optimizer, and costs less."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,19 @@ import pytest
 import torch
 from support.parent_runs import WIDE, build_child, child_config, train_parent
 from support.training_cases import Run, tiny_config, write_text
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.flop_counter import FlopCounterMode
 
 from moebench.errors import UsageError
+from moebench.experts.fused_experts import FusedExperts
 from moebench.models.storageless import build_without_storage
 from moebench.training.backward_cost import measure_trained_part
+from moebench.training.evaluation import batch_context
 from moebench.training.model import build_initialised_model, build_model, prepare_task
 from moebench.training.module import CellModule
 from moebench.training.optimizer.groups import describe_parameters
-from moebench.training.trainable import GROUPS
+from moebench.training.trainable import GROUPS, freeze_parameters
 
 STACK = "backbone.blocks.0.feed_forward.bank.w_in_EDF"
 
@@ -92,3 +98,47 @@ def test_gradients_are_counted_down_to_the_lowest_trained_block(text: Path, tmp_
     assert measure() == 3
     # Experts are in the last of two blocks: nothing flows back through the first.
     assert 1 < measure(trainable="experts") < measure(trainable="shared") < 3
+
+
+def hide_from_counters(method: Callable[..., Any]) -> Callable[..., Any]:
+    def compute(*arguments: Any) -> Any:
+        with _disable_current_modes():
+            return method(*arguments)
+
+    return compute
+
+
+@pytest.mark.parametrize(
+    "layout", [{"name": "every_n", "n": 1}, {"name": "every_n", "n": 2}, {"name": "last_n", "n": 1}]
+)
+@pytest.mark.parametrize("trainable", ["experts", "routers"])
+def test_the_counted_backward_pass_is_what_autograd_computes(
+    trainable: str, layout: dict[str, Any], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("forward", "backward"):  # which products of the kernels the counter sees depends on the machine
+        monkeypatch.setattr(FusedExperts, name, hide_from_counters(getattr(FusedExperts, name)))
+    config = tiny_config(
+        text,
+        router="top_k",
+        train={"trainable": trainable},
+        task={"sequence_length": 32},
+        model={"d_model": 32, "num_layers": 4, "ffn_width": 64},
+        layout={**WIDE["layout"], "num_experts": 4, **layout},
+    )
+    task = prepare_task(config, tmp_path)
+    model = build_initialised_model(config, task)
+    freeze_parameters(model, config.train)
+    batch = task.train_batch(2, 0, 0)
+    tokens, bank = batch.input_BL.numel(), 2 * 2 * 2 * 32 * 64  # two experts of two matrices for each token
+    counters = [FlopCounterMode(display=False) for _ in range(2)]
+    with sdpa_kernel(SDPBackend.MATH), counters[0]:
+        output, _ = model(batch, batch_context(batch, training=True, seed=0))
+        loss = task.loss(output, batch).mean()
+    with counters[1]:
+        loss.backward()
+    # The kernels of experts: forward, and all gradients of each bank.
+    kernels = tokens * bank * len(model.backbone.moe_layers())
+    forward, backward = (counter.get_total_flops() for counter in counters)
+    forward, backward = forward + kernels, backward + 2 * kernels
+    factor = measure_trained_part(model, config.train, task.sequence_length).factor
+    assert factor == pytest.approx(1 + backward / forward, rel=0.005)
