@@ -204,7 +204,7 @@ def test_a_child_that_takes_nothing_is_refused(results: Path, text: Path) -> Non
     from moebench.training.initial_weights.plan import plan_load
 
     class Stranger:
-        label, settings, shapes = "run x", {}, {"other": torch.Size([1])}
+        label, settings, shapes, routing = "run x", {}, {"other": torch.Size([1])}, None
 
     with pytest.raises(UsageError, match="the model takes nothing of run x"):
         plan_load(tiny_config(text, router="dense"), {"weight": torch.Size([1])}, Stranger())
