@@ -1,4 +1,4 @@
-"""Models that cells can start from: their settings, and what a run has taken of its own parent."""
+"""Models that cells can start from: their settings, and what a run has taken from its own parent."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ def describe_parent(name: str) -> dict[str, Any]:
 
 
 def describe_run(name: str, results: Path) -> dict[str, Any]:
-    """Return the cell of the run `run:ID`, and what it has taken of its parent, if it has one.
+    """Return the cell of the run `run:ID`, and what it has taken from its parent, if it has one.
 
     Raises UsageError for an id that no run of the results folder begins with, or several do.
     """

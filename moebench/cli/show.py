@@ -44,7 +44,7 @@ def show(
 
     `moebench show experiment quickstart > mine.yaml` copies an experiment, to be changed. `moebench show hf:FOLDER`
     prints the settings of a model of transformers, for the `base` of an experiment that starts from it; `moebench show
-    run:ID` the settings of a run, and what it has taken of its parent.
+    run:ID` the settings of a run, and what it has taken from its parent.
     """
     if name == "experiment" and experiment is not None:
         _print_file(find_experiment(experiment), json=json)

@@ -80,7 +80,7 @@ class RunFolder:
 
     @property
     def init(self) -> Path:
-        """What the model has taken of its parent before the first step; only with `init.from`."""
+        """Record of what the model has taken from its parent before the first step; only with `init.from`."""
         return self.path / "init.json"
 
     @property
@@ -162,7 +162,7 @@ class RunFolder:
         return result
 
     def read_init(self) -> dict[str, Any] | None:
-        """Return what the model has taken of its parent, None without a parent; raise UsageError if it is damaged."""
+        """Return what the model has taken from its parent, None without a parent; raise UsageError if it is damaged."""
         if not self.init.exists():
             return None
         try:

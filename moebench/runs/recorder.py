@@ -65,7 +65,7 @@ class RunRecorder:
             write_atomically(self.folder.labels, text)
 
     def record_init(self, values: Mapping[str, Any]) -> None:
-        """Write what the model has taken of its parent, JSON-ready values, atomically."""
+        """Write what the model has taken from its parent, JSON-ready values, atomically."""
         if self.folder:
             write_json(self.folder.init, add_checksum(values))
 

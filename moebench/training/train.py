@@ -106,7 +106,7 @@ def _fit_with_rewinds(
 
 
 def _record_loaded(loaded: LoadedWeights, model: Model, context: RunContext) -> None:
-    """Record and print what the model has taken of its parent."""
+    """Record and print what the model has taken from its parent."""
     record = describe_loaded(loaded, {name: value.shape for name, value in model.state_dict().items()})
     context.recorder.record_init(record)
     if context.recorder.folder is not None:

@@ -43,7 +43,7 @@ def child_config(text: Path, **overrides: Any) -> CellConfig:
 def build_child(
     config: CellConfig, results: Path, mesh: Mesh = SINGLE_PROCESS_MESH
 ) -> tuple[Model, LoadedWeights | None]:
-    """Return the model of a cell before its first step, and what it has taken of its parent."""
+    """Return the model of a cell before its first step, and what it has taken from its parent."""
     model = build_initialised_model(config, prepare_task(config, results), mesh)
     return model, load_initial_weights(config, model, results, mesh)
 

@@ -51,7 +51,7 @@ def open_parent(parent: Parent, results: Path, mesh: Mesh = SINGLE_PROCESS_MESH)
 def load_initial_weights(
     config: CellConfig, model: Model, results: Path, mesh: Mesh = SINGLE_PROCESS_MESH
 ) -> LoadedWeights | None:
-    """Replace the weights of a model, in place, by what `init` takes of its parent; None without a parent.
+    """Replace the weights of a model, in place, by what `init` takes from its parent; None without a parent.
 
     All processes of the mesh call it, after the model's own weights are drawn; each loads the experts that it holds.
     Raises UsageError where the parent cannot be read or does not fit.

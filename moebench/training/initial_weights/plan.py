@@ -1,4 +1,4 @@
-"""What a child takes of its parent's weights: decided by the names and shapes of both, before anything is loaded."""
+"""What a child takes from its parent's weights: decided by the names and shapes of both, before anything is loaded."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -65,7 +65,7 @@ Shapes = Mapping[str, torch.Size]
 
 @dataclass(frozen=True, kw_only=True)
 class Matcher:
-    """Finds for each tensor of a child what it takes of a parent."""
+    """Finds for each tensor of a child what it takes from a parent."""
 
     config: CellConfig
     parent: str
@@ -141,7 +141,7 @@ class Matcher:
 
 
 def plan_load(config: CellConfig, child_shapes: Shapes, parent: Any) -> LoadPlan:
-    """Return what a child with these tensors takes of a parent (`ParentWeights`).
+    """Return what a child with these tensors takes from a parent (`ParentWeights`).
 
     Raises UsageError where a tensor does not fit, where nothing does, and where settings contradict each other.
     """
@@ -157,7 +157,7 @@ def plan_load(config: CellConfig, child_shapes: Shapes, parent: Any) -> LoadPlan
     taken = tuple(match for match in matches.values() if match is not None)
     if not taken:
         raise UsageError(
-            f"init.from: the model takes nothing of {parent.label}: no weight of the two has the same name"
+            f"init.from: the model takes nothing from {parent.label}: no weight of the two has the same name"
         )
     used = {each.source for each in taken}
     return LoadPlan(

@@ -1,4 +1,4 @@
-"""What a run has taken of its parent, as its folder records it and as one line."""
+"""What a run has taken from its parent, as its folder records it and as one line."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -39,7 +39,7 @@ def describe_loaded(loaded: LoadedWeights, shapes: Mapping[str, torch.Size]) -> 
 
 def summarise_loaded(record: Mapping[str, Any]) -> str:
     """Return one line on what `describe_loaded` describes."""
-    parts = [f"{format_count(record['taken_params'])} parameters taken of {record['parent']}"]
+    parts = [f"{format_count(record['taken_params'])} parameters taken from {record['parent']}"]
     parts += [f"{way}: {_join(names)}" for way, names in record["taken"].items() if way != Way.WHOLE.value]
     for title, key in (("new", "new"), ("0", "zeroed"), ("not used", "unused")):
         if record[key]:

@@ -206,7 +206,7 @@ def test_a_child_that_takes_nothing_is_refused(results: Path, text: Path) -> Non
     class Stranger:
         label, settings, shapes, routing = "run x", {}, {"other": torch.Size([1])}, None
 
-    with pytest.raises(UsageError, match="the model takes nothing of run x"):
+    with pytest.raises(UsageError, match="the model takes nothing from run x"):
         plan_load(tiny_config(text, router="dense"), {"weight": torch.Size([1])}, Stranger())
 
 
