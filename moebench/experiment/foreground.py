@@ -38,6 +38,7 @@ from moebench.launch.scheduler import Outcome
 from moebench.launch.worker_process import list_shown_metrics
 from moebench.parallel.process_info import SINGLE_PROCESS
 from moebench.parallel.safe_reader import UnsafeCheckpointError
+from moebench.plugin_errors import ContractError, keep_traceback
 from moebench.runs.attempts import Attempt, record_attempt
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
@@ -196,11 +197,13 @@ def _train(cell: Cell, folder: RunFolder, results: Path, console: Console, metri
             return 128 + signals[0]
         _write_failed_result(folder, error, time.monotonic() - started_at)
         _record_attempt(folder, "failed", time.monotonic() - started_at, describe_error(error), classify_error(error))
-        if isinstance(error, UnsafeCheckpointError):  # of a file, not of the code that is debugged: one line
+        is_rule = isinstance(error, ContractError) and error.__cause__ is None  # no line of code has raised it
+        if is_rule or isinstance(error, UnsafeCheckpointError):  # of a file, not of the code that is debugged: one line
             display.note(f"failed: {cell_title(cell)}: {error}")
             return 1
         if isinstance(error, UsageError | SystemExit):  # the command line would not show their tracebacks
             raise RuntimeError(f"{cell_title(cell)} failed") from error
+        keep_traceback(error)
         raise
     outcome = Outcome(
         cell=cell,
