@@ -31,7 +31,7 @@ from moebench.experiment.tuning import build_tuning_experiment, settle
 from moebench.interrupts import handle_signals
 from moebench.launch.containment import Containment
 from moebench.launch.devices import require_devices
-from moebench.launch.error_report import classify_error, describe_error
+from moebench.launch.error_report import classify_error, describe_cell_error
 from moebench.launch.failure import build_failed_result
 from moebench.launch.folder_training import TrainingReports, train_from_folder
 from moebench.launch.scheduler import Outcome
@@ -195,8 +195,9 @@ def _train(cell: Cell, folder: RunFolder, results: Path, console: Console, metri
     except (Exception, SystemExit, CheckpointException) as error:
         if signals and isinstance(error, SystemExit):
             return 128 + signals[0]
-        _write_failed_result(folder, error, time.monotonic() - started_at)
-        _record_attempt(folder, "failed", time.monotonic() - started_at, describe_error(error), classify_error(error))
+        reason = describe_cell_error(error, folder)
+        _write_failed_result(folder, error, reason, time.monotonic() - started_at)
+        _record_attempt(folder, "failed", time.monotonic() - started_at, reason, classify_error(error))
         is_rule = isinstance(error, ContractError) and error.__cause__ is None  # no line of code has raised it
         if is_rule or isinstance(error, UnsafeCheckpointError):  # of a file, not of the code that is debugged: one line
             display.note(f"failed: {cell_title(cell)}: {error}")
@@ -237,11 +238,11 @@ def _record_attempt(folder: RunFolder, status: str, seconds: float, error: str |
         record_attempt(folder.attempts, attempt)
 
 
-def _write_failed_result(folder: RunFolder, error: BaseException, total_s: float) -> None:
+def _write_failed_result(folder: RunFolder, error: BaseException, reason: str, total_s: float) -> None:
     with contextlib.suppress(OSError, UsageError):  # a full disk or a lost folder may be the reason of the failure
         result = build_failed_result(
             folder.read_cell(),
-            describe_error(error),
+            reason,
             fault=classify_error(error),
             step=read_last_step(folder.journal),
             total_s=total_s,

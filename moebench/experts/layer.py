@@ -15,7 +15,7 @@ from moebench.experts.overflow import BatchAssignments, apply_capacity
 from moebench.experts.shared import SharedExperts
 from moebench.ranks import Scopes, sum_together
 from moebench.routing.context import RouteContext
-from moebench.routing.contract import check_routing, check_statistics
+from moebench.routing.contract import check_executed_flops, check_routing, check_statistics
 from moebench.routing.gate import Gate
 from moebench.routing.layer_name import LayerName
 from moebench.routing.logit_router import LogitRouter
@@ -173,7 +173,7 @@ class MoELayer(nn.Module):
         They are those of this process's tokens, whichever process computed them: the counterpart of
         `routed_flops_per_token`.
         """
-        return self.router.executed_flops(record) + self.bank.executed_flops(record)
+        return check_executed_flops(self.router, record) + self.bank.executed_flops(record)
 
     @property
     def rows_per_token(self) -> float:

@@ -133,6 +133,17 @@ def check_statistics(router: Router, record: LayerRecord) -> Mapping[str, Tensor
     return statistics
 
 
+def check_executed_flops(router: Router, record: LayerRecord) -> Tensor:
+    """Return the FLOPs that a router executed; raise RouterContractError unless they are a scalar tensor."""
+    flops = router.executed_flops(record)
+    if not (isinstance(flops, Tensor) and flops.dim() == 0):
+        raise RouterContractError(
+            f"{label_router(router.config.name)}: executed_flops must return a tensor without dimensions,"
+            f" got {describe_value(flops)}"
+        )
+    return flops
+
+
 def describe_value(value: object) -> str:
     """Return the type of a value, with the shape and the dtype of a tensor."""
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -8,7 +8,6 @@ coefficient mean different things in different models. Training applies the coef
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -255,21 +254,22 @@ def compute_losses_of_layers(
 def _compute_losses(router: Router, record: LayerRecord, names: Collection[str]) -> Iterator[LossValue]:
     """Yield the named losses of one layer; raise ContractError for one that is no scalar, or not there."""
     own_losses = router.losses(record)
-    is_of_plugin, label = is_plugin(type(router.config)), partial(label_router, router.config.name)
     if not isinstance(own_losses, Mapping):
-        raise RouterContractError(f"{label()}: losses must return losses by name, got {describe_value(own_losses)}")
+        label = label_router(router.config.name)
+        raise RouterContractError(f"{label}: losses must return losses by name, got {describe_value(own_losses)}")
     for name in names:
         is_own = name in own_losses
-        if is_of_plugin and not is_own and name not in LOSSES.names():
-            raise RouterContractError(f"{label()}: losses must return '{name}', which Facts.own_losses names")
+        if not is_own and name not in LOSSES.names() and is_plugin(type(router.config)):
+            label = label_router(router.config.name)
+            raise RouterContractError(f"{label}: losses must return '{name}', which Facts.own_losses names")
         try:
             value = own_losses[name] if is_own else LOSSES.get(name).item(record)
         except UsageError as error:  # the loss needs what the router does not have
-            if not is_of_plugin:
+            if not is_plugin(type(router.config)):
                 raise
-            raise RouterContractError(f"{label()}: {error}") from error
+            raise RouterContractError(f"{label_router(router.config.name)}: {error}") from error
         if not (isinstance(value, PendingLoss) or (isinstance(value, Tensor) and value.dim() == 0)):
-            owner = f"{label()}: losses" if is_own else LOSSES.get(name).label
+            owner = f"{label_router(router.config.name)}: losses" if is_own else LOSSES.get(name).label
             raise ContractError(f"{owner}: '{name}' must be a tensor without dimensions, got {describe_value(value)}")
         yield value
 

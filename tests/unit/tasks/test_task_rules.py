@@ -72,7 +72,7 @@ PREPARING = {
     "prepare that raises": (
         "        return cls(config)\n",
         "        return 1 / 0\n",
-        ["prepare: ZeroDivisionError", "(line 36)"],
+        ["prepare: ZeroDivisionError", "(line 34)"],
     ),
     "prepare without a return": (
         "        return cls(config)\n",
@@ -116,7 +116,7 @@ PREPARING = {
     "weights of another batch": (
         BATCH,
         BATCH.replace("weight_BP=ones_BL", "weight_BP=ones_BL[1:]"),
-        ["sequences", "weight_BP with 1"],
+        ["sequences", "weight_BP with 3"],
     ),
     "weights without predictions": (
         BATCH,
@@ -223,7 +223,7 @@ PREPARING = {
         ["loss must be finite, got 16 of 16 values"],
     ),
     "a loss without a gradient": (LOSS, LOSS.replace("_BP)", "_BP).detach()"), ["loss must have a gradient"]),
-    "a loss that fails": ("output.flatten(0, 1)", "output.flatten(0, 5)", ["loss: IndexError", "(line 59)"]),
+    "a loss that fails": ("output.flatten(0, 1)", "output.flatten(0, 5)", ["loss: IndexError", "(line 57)"]),
     "metrics without names": (
         QUALITY,
         "        return 1.0\n",

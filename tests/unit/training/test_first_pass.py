@@ -70,6 +70,10 @@ ROUTERS_AT_FAULT = {
         (FORWARD, f"    def objective(self, record):\n        return record.token_loss_T.sum()\n\n{FORWARD}"),
         ["objective must return one value for each of the 32 tokens", "torch.float32 []"],
     ),
+    "executed FLOPs that are a number": (
+        (FORWARD, f"    def executed_flops(self, record):\n        return 3.0\n\n{FORWARD}"),
+        ["executed_flops must return a tensor without dimensions, got float"],
+    ),
     "statistics that are a tensor": (
         (
             FORWARD,
