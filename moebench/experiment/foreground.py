@@ -195,9 +195,7 @@ def _train(cell: Cell, folder: RunFolder, results: Path, console: Console, metri
     except (Exception, SystemExit, CheckpointException) as error:
         if signals and isinstance(error, SystemExit):
             return 128 + signals[0]
-        reason = describe_cell_error(error, folder)
-        _write_failed_result(folder, error, reason, time.monotonic() - started_at)
-        _record_attempt(folder, "failed", time.monotonic() - started_at, reason, classify_error(error))
+        _record_failure(folder, error, time.monotonic() - started_at)
         is_rule = isinstance(error, ContractError) and error.__cause__ is None  # no line of code has raised it
         if is_rule or isinstance(error, UnsafeCheckpointError):  # of a file, not of the code that is debugged: one line
             display.note(f"failed: {cell_title(cell)}: {error}")
@@ -238,13 +236,16 @@ def _record_attempt(folder: RunFolder, status: str, seconds: float, error: str |
         record_attempt(folder.attempts, attempt)
 
 
-def _write_failed_result(folder: RunFolder, error: BaseException, reason: str, total_s: float) -> None:
+def _record_failure(folder: RunFolder, error: BaseException, total_s: float) -> None:
+    """Write the result and the attempt of a cell that has failed."""
+    reason, fault = describe_cell_error(error, folder), classify_error(error)
     with contextlib.suppress(OSError, UsageError):  # a full disk or a lost folder may be the reason of the failure
         result = build_failed_result(
             folder.read_cell(),
             reason,
-            fault=classify_error(error),
+            fault=fault,
             step=read_last_step(folder.journal),
             total_s=total_s,
         )
         folder.write_result(result)
+    _record_attempt(folder, "failed", total_s, reason, fault)
