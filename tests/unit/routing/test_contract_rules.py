@@ -8,6 +8,7 @@ import torch
 from support.broken_plugins import ROUTER, assert_one_line, write_broken
 from support.training_cases import Run, tiny_config, write_text
 
+from moebench.bench.router.measure import Settings, measure
 from moebench.errors import UsageError
 from moebench.experiment.grid import expand_config
 from moebench.registry import load_plugin
@@ -229,3 +230,11 @@ def test_routing_rules(plugin: Any, text: Path, tmp_path: Path, old: str, new: s
 def test_the_unbroken_plugin_trains(plugin: Any, text: Path, tmp_path: Path) -> None:
     load_plugin(plugin.write(ROUTER, name="my_router.py"))
     assert Run(tiny_config(text, router="broken"), tmp_path)() is not None
+
+
+def test_the_benchmark_of_routers_keeps_the_rules_too(plugin: Any) -> None:
+    path = write_broken(plugin, ROUTER, *ROUTING["a tensor"][:2], "my_router.py")
+    load_plugin(path)
+    with pytest.raises(UsageError) as caught:
+        measure(Settings(routers=("broken",), tokens=(64,), experts=(4,), rounds=1, device="cpu"))
+    assert_one_line(caught.value, [*ROUTING["a tensor"][2], "'broken'"], path)

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 from support.broken_plugins import TASK, assert_one_line, write_broken
+from support.comparison_runs import make_result
 from support.training_cases import TINY, Run
 
-from moebench.config import merge_settings, resolve
+from moebench.config import merge_settings, resolve, to_plain
 from moebench.errors import UsageError
 from moebench.experiment.model_costs import ModelCosts
+from moebench.experiment.trivial_baselines import BaselineSource, find_baselines
 from moebench.plugin_errors import ContractError
 from moebench.registry import load_plugin
 from moebench.schema import CellConfig
@@ -314,3 +316,14 @@ def test_a_loss_that_changes_its_shape_fails_the_cell(plugin: Any, tmp_path: Pat
     with pytest.raises(ContractError) as caught:
         Run(config(), tmp_path, prepare_task(config(), tmp_path))()
     assert_one_line(caught.value, ["task 'broken'", "loss must return one value for each prediction"], path)
+
+
+def test_baselines_of_another_type_are_a_note_with_the_file(plugin: Any, tmp_path: Path) -> None:
+    method = f"    def compute_baselines(self, split):\n        return 5\n\n{LABELS}"
+    path = write_broken(plugin, TASK, LABELS, method, "my_task.py")
+    load_plugin(path)
+    task = prepare_task(config(), tmp_path)
+    digests = {"data_digest": task.digest, "eval_digest": task.eval_digest}
+    result = make_result("dense", 0, 2.0, config=to_plain(config()), **digests)
+    problem = find_baselines(BaselineSource(result=result, config=config()), tmp_path, "test").problem
+    assert_one_line(ContractError(problem), ["task 'broken'", "compute_baselines: TypeError: 'int' object"], path)
