@@ -158,8 +158,9 @@ def refuse_router_options(c: Combination) -> Iterator[str]:
 def refuse_losses(c: Combination) -> Iterator[str]:
     """Require auxiliary losses that exist, with coefficients of at least 0."""
     known = {*LOSSES.names(), *c.router.facts.own_losses}
+    defaults = c.router.item.Config().losses  # type: ignore[call-arg]  # every router's own has a name
     for loss, coefficient in c.config.router.losses.items():
-        is_default = type(c.config.router)().losses.get(loss) == coefficient
+        is_default = defaults.get(loss) == coefficient
         where = f"{c.router.label}: Config.losses" if is_default else "router.losses"  # where the mistake is
         if loss not in known:
             yield str(unknown(where, loss, known))

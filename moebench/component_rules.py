@@ -37,7 +37,7 @@ def _find_config_problem(config: Any, config_type: type) -> str:
         return ""  # it has no name either
     if not (isinstance(config, type) and "__dataclass_params__" in vars(config)):
         return ": its Config must be decorated with @dataclass(frozen=True, kw_only=True)"
-    if not issubclass(config, config_type):
+    if config_type not in config.__mro__:
         return f": its Config must derive from {config_type.__name__}"
     for field in dataclasses.fields(config):
         if field.name != "name" and field.default is field.default_factory is dataclasses.MISSING:

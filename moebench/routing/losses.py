@@ -8,6 +8,7 @@ coefficient mean different things in different models. Training applies the coef
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -253,7 +254,7 @@ def compute_losses_of_layers(
 
 def _compute_losses(router: Router, record: LayerRecord, names: Collection[str]) -> Iterator[LossValue]:
     """Yield the named losses of one layer; raise ContractError for one that is no scalar, or not there."""
-    own_losses = router.losses(record)
+    own_losses: Any = router.losses(record)
     if not isinstance(own_losses, Mapping):
         label = label_router(router.config.name)
         raise RouterContractError(f"{label}: losses must return losses by name, got {describe_value(own_losses)}")

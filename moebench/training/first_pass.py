@@ -32,8 +32,9 @@ class FirstPasses:
     def __init__(self, config: CellConfig, model: Model) -> None:
         self.model = model
         self.router, self.task = ROUTERS.get(config.router.name), TASKS.get(config.task.name)
-        losses = [LOSSES.get(name) for name in config.router.losses if name in LOSSES.names()]
-        self.plugins: list[Entry[Any, Any]] = [each for each in (self.router, self.task, *losses) if each.is_plugin]
+        entries: list[Entry[Any, Any]] = [self.router, self.task]
+        entries += [LOSSES.get(name) for name in config.router.losses if name in LOSSES.names()]
+        self.plugins = [entry for entry in entries if entry.is_plugin]
         self.watched: set[str] = set()
 
     @contextlib.contextmanager
@@ -43,34 +44,35 @@ class FirstPasses:
             yield
             return
         self.watched.add(kind)
-        before, handles = _read_states(self.model), list(self._register_hooks())
+        device = next(self.model.parameters()).device
+        before, handles = _read_states(device), list(self._register_hooks(device))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
         owners = ", ".join(entry.label for entry in self.plugins)
-        _refuse_draws(before, self.model, f"{owners}: {kind}")
+        _refuse_draws(before, device, f"{owners}: {kind}")
 
-    def _register_hooks(self) -> Iterator[RemovableHandle]:
+    def _register_hooks(self, device: torch.device) -> Iterator[RemovableHandle]:
         """Watch the modules of plug-ins, so that a message names the one that is wrong."""
         if self.router.is_plugin:
             for layer in self.model.backbone.moe_layers():
-                yield from _watch_module(layer.router, f"{self.router.label}: forward")
+                yield from _watch_module(layer.router, device, f"{self.router.label}: forward")
                 yield layer.router.register_forward_hook(partial(_check_routing, self.router))
         if self.task.is_plugin:
             for name, module in (("embedding", self.model.embedding), ("head", self.model.head)):
-                yield from _watch_module(module, f"{self.task.label}: the module of build_{name}")
+                yield from _watch_module(module, device, f"{self.task.label}: the module of build_{name}")
 
 
-def _watch_module(module: nn.Module, label: str) -> Iterator[RemovableHandle]:
+def _watch_module(module: nn.Module, device: torch.device, label: str) -> Iterator[RemovableHandle]:
     before: list[dict[str, Tensor]] = []
 
     def note_states(*_: Any) -> None:
-        before.append(_read_states(module))
+        before.append(_read_states(device))
 
     def compare_states(*_: Any) -> None:
-        _refuse_draws(before.pop(), module, label)
+        _refuse_draws(before.pop(), device, label)
 
     yield module.register_forward_pre_hook(note_states)
     yield module.register_forward_hook(compare_states)
@@ -86,12 +88,11 @@ def _check_routing(entry: Entry[Any, Any], router: nn.Module, arguments: tuple[A
         raise ContractError(f"{entry.label}: forward {problem}")
 
 
-def _read_states(module: nn.Module) -> dict[str, Tensor]:
-    """Return the states of the global generators that a module can draw from, by name."""
+def _read_states(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of the global generators that a module on a device can draw from, by name."""
     states = {"torch": torch.get_rng_state(), "numpy": _read_numpy_state()}
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        states["torch.cuda"] = torch.cuda.get_rng_state(device if device.type == "cuda" else "cuda")
+    if device.type == "cuda":
+        states["torch.cuda"] = torch.cuda.get_rng_state(device)
     return states
 
 
@@ -103,8 +104,8 @@ def _read_numpy_state() -> Tensor:
     return torch.cat([torch.from_numpy(state["state"]["key"].astype("int64")), position])
 
 
-def _refuse_draws(before: dict[str, Tensor], module: nn.Module, label: str) -> None:
-    after = _read_states(module)
+def _refuse_draws(before: dict[str, Tensor], device: torch.device, label: str) -> None:
+    after = _read_states(device)
     for name, state in before.items():
         if not torch.equal(state, after[name]):
             raise ContractError(f"{label} draws from the global random generator of {name}; {ADVICE}")

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ class _Trial:
                 ["must return the sequences `part` of the batch; with slice(0, 2) they are others"], "train_batch"
             )
         with self.entry.errors_of("count_positions"):
-            positions = self.task.count_positions(size, seed, 0)
+            positions: object = self.task.count_positions(size, seed, 0)
         if not isinstance(positions, int):
             self.refuse([f"must return a whole number, got {positions!r}"], "count_positions")
         return part
@@ -101,7 +102,8 @@ class _Trial:
     def check_labels(self, batch: Batch) -> None:
         """Refuse kinds of labels that cannot be counted."""
         with self.entry.errors_of("label_kinds"):
-            for kind in self.task.label_kinds():
+            kinds: Any = self.task.label_kinds()
+            for kind in kinds:
                 if not isinstance(kind, LabelKind):
                     self.refuse([f"must return LabelKind objects, got {_describe(kind)}"], "label_kinds")
                 label_BL = kind.read(batch).expand(batch.input_BL.shape[:2])
