@@ -50,10 +50,11 @@ class DispatchPlan:
         by_expert = routing.sort_by_expert() if order_N is None else SortedKeys(index_N=order_N)
         groups = group_rows(routing.load_E, may_pad=may_pad)
         row_N, assignment_R = _assign_rows(routing, by_expert, groups)
+        token_N = routing.token_N if groups.capacity is None else functional.pad(routing.token_N, (0, 1))
         return cls(
             order_N=by_expert.index_N,
             assignment_R=assignment_R,
-            token_R=functional.pad(routing.token_N, (0, 1)).index_select(0, assignment_R),
+            token_R=token_N.index_select(0, assignment_R),
             row_N=row_N,
             kept_N=routing.kept_N,
             groups=groups,

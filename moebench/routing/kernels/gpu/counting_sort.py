@@ -10,6 +10,7 @@ from torch import Tensor
 
 BLOCK = 128
 """Assignments of a program, each compared with all others of the block."""
+LATER = tl.constexpr(2**16)
 
 
 def sort(key_N: Tensor, kept_N: Tensor | None, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -55,8 +56,10 @@ def _rank(key_ptr, kept_ptr, rank_ptr, count_ptr, num, num_keys, num_blocks, BLO
     is_entry_B = entry_B < num
     key_B = _load_keys(key_ptr, kept_ptr, entry_B, is_entry_B, num_keys)
     is_equal_BB = (key_B[:, None] == key_B[None, :]) & is_entry_B[None, :]
-    rank_B = tl.sum((is_equal_BB & (place_B[None, :] < place_B[:, None])).to(tl.int32), axis=1)
-    num_later_B = tl.sum((is_equal_BB & (place_B[None, :] > place_B[:, None])).to(tl.int32), axis=1)
+    # Both counts in one sum: the earlier ones below LATER, the later ones above.
+    weight_BB = tl.where(place_B[None, :] < place_B[:, None], 1, LATER)
+    total_B = tl.sum(tl.where(is_equal_BB, weight_BB, 0), axis=1) - LATER  # without the key itself
+    rank_B, num_later_B = total_B % LATER, total_B // LATER
     tl.store(rank_ptr + entry_B, rank_B.to(tl.int64), mask=is_entry_B)
     slot_B = key_B * num_blocks + tl.program_id(0)
     tl.store(count_ptr + slot_B, rank_B + 1, mask=is_entry_B & (num_later_B == 0))

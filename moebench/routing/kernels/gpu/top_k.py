@@ -97,6 +97,23 @@ def _make_keys(value, expert_1E, per_quantum, limit, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _take_best(
+    key, source, column_1K, TOP_K: tl.constexpr, K_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Return the experts with the highest keys, and `source` of these."""
+    expert_TK = tl.zeros((ROWS, K_BLOCK), dtype=tl.int64)
+    chosen_TK = tl.zeros((ROWS, K_BLOCK), dtype=tl.float32)
+    for k in range(TOP_K):
+        best_T1 = tl.max(key, axis=1)[:, None]
+        is_best = key == best_T1
+        expert_TK = tl.where(column_1K == k, BLOCK - 1 - (best_T1 & (BLOCK - 1)), expert_TK)
+        chosen_T1 = tl.sum(tl.where(is_best, source, 0.0), axis=1)[:, None]
+        chosen_TK = tl.where(column_1K == k, chosen_T1, chosen_TK)
+        key = tl.where(is_best, LOWEST, key)
+    return expert_TK, chosen_TK
+
+
+@triton.jit
 def _choose(
     logits_ptr,
     ranked_ptr,
@@ -136,15 +153,7 @@ def _choose(
     key = tl.where(is_expert_1E, _make_keys(value, expert_1E, per_quantum, limit, BLOCK), LOWEST)
     column_1K = tl.arange(0, K_BLOCK)[None, :]
     source = logits if WEIGHTS == SOFTMAX else scores
-    expert_TK = tl.zeros((ROWS, K_BLOCK), dtype=tl.int64)
-    weight_TK = tl.zeros((ROWS, K_BLOCK), dtype=tl.float32)
-    for k in range(TOP_K):
-        best_T1 = tl.max(key, axis=1)[:, None]
-        is_best = key == best_T1
-        expert_TK = tl.where(column_1K == k, BLOCK - 1 - (best_T1 & (BLOCK - 1)), expert_TK)
-        chosen_T1 = tl.sum(tl.where(is_best, source, 0.0), axis=1)[:, None]
-        weight_TK = tl.where(column_1K == k, chosen_T1, weight_TK)
-        key = tl.where(is_best, LOWEST, key)
+    expert_TK, weight_TK = _take_best(key, source, column_1K, TOP_K, K_BLOCK, ROWS, BLOCK)
     is_choice_1K = column_1K < TOP_K
     if WEIGHTS == SOFTMAX:
         weight_TK = _score(tl.where(is_choice_1K, weight_TK, float("-inf")), is_choice_1K, False)
@@ -183,28 +192,25 @@ def _choose_backward(
         grad += tl.load(grad_scores_ptr + offset, mask=mask, other=0.0)
     through_weights = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     if grad_weight_ptr is not None:
-        grad_chosen = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
-        chosen_weight = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
         is_chosen = tl.zeros((ROWS, BLOCK), dtype=tl.int1)
+        grad_chosen, chosen_weight = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
         for k in range(TOP_K):
             entry_T = token_T * TOP_K + k
-            expert_T = tl.load(expert_ptr + entry_T, mask=is_token_T, other=0)
-            is_expert = expert_1E == expert_T[:, None]
-            is_chosen = is_chosen | is_expert
+            is_expert = expert_1E == tl.load(expert_ptr + entry_T, mask=is_token_T, other=0)[:, None]
             grad_T = tl.load(grad_weight_ptr + entry_T, mask=is_token_T, other=0.0)
-            grad_chosen = tl.where(is_expert, grad_T[:, None], grad_chosen)
             weight_T = tl.load(weight_ptr + entry_T, mask=is_token_T, other=0.0)
+            is_chosen = is_chosen | is_expert
+            grad_chosen = tl.where(is_expert, grad_T[:, None], grad_chosen)
             chosen_weight = tl.where(is_expert, weight_T[:, None], chosen_weight)
+        mean_T1 = tl.sum(grad_chosen * chosen_weight, axis=1)[:, None]
         if WEIGHTS != SHARES and WEIGHTS != SOFTMAX:
             grad += grad_chosen
-        else:
-            mean_T1 = tl.sum(grad_chosen * chosen_weight, axis=1)[:, None]
-            if SIGMOID:
-                total_T1 = tl.sum(tl.where(is_chosen, scores, 0.0), axis=1)[:, None]
-                mean_T1 = tl.where(total_T1 >= TINY, mean_T1, 0.0)  # below, weights are divided by a constant
-                grad += tl.where(is_chosen, (grad_chosen - mean_T1) / tl.maximum(total_T1, TINY), 0.0)
-            else:  # the share of a softmax is the softmax over the chosen experts
-                through_weights = chosen_weight * (grad_chosen - mean_T1)
+        elif SIGMOID:
+            total_T1 = tl.sum(tl.where(is_chosen, scores, 0.0), axis=1)[:, None]
+            mean_T1 = tl.where(total_T1 >= TINY, mean_T1, 0.0)  # below, weights are divided by a constant
+            grad += tl.where(is_chosen, (grad_chosen - mean_T1) / tl.maximum(total_T1, TINY), 0.0)
+        else:  # the share of a softmax is the softmax over the chosen experts
+            through_weights = chosen_weight * (grad_chosen - mean_T1)
     if SIGMOID:
         grad_logits = scores * (1.0 - scores) * grad
     else:
