@@ -1,4 +1,4 @@
-"""Which kernels compute what happens between the matrix products: those written in Triton, or torch's operators."""
+"""What computes selections, sorts and all between the matrix products: Triton's kernels, or torch's operators."""
 
 import functools
 import importlib.util
@@ -21,7 +21,7 @@ def uses_triton(tensor: Tensor) -> bool:
 
     While a graph is traced the answer is no: the compiler makes kernels of its own from torch's operators.
     """
-    if tensor.dtype not in DTYPES or not is_installed() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or tensor.dtype not in DTYPES or not is_installed():
         return False
     if tensor.is_cuda:
         return os.environ.get(SWITCH) != "0" and compiles_kernels(tensor.device)
@@ -39,10 +39,10 @@ def compiles_kernels(device: torch.device) -> bool:
     """Return whether a kernel can be compiled for a GPU, which needs a C compiler; the host does not wait for it."""
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return False
-    from moebench.experts.kernels.gpu import rows
+    from moebench.routing.kernels.gpu import counting_sort
 
     try:
-        rows.gather(torch.zeros(1, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device))
+        counting_sort.sort(torch.zeros(1, dtype=torch.int64, device=device), None, 1)
     except Exception as error:  # whatever the compiler, the driver or the installation raises
         reason = str(error).strip().splitlines() or [type(error).__name__]
         warnings.warn(f"Triton compiles no kernel here, torch's operators are used: {reason[-1]}", stacklevel=2)
