@@ -17,6 +17,7 @@ from moebench.causality import find_leak, must_be_causal
 from moebench.errors import UsageError, unknown
 from moebench.experts.assembly import RouterPlan
 from moebench.experts.capacity import Capacity
+from moebench.experts.kernels.backend import require_kernels
 from moebench.experts.layout import LAYOUTS, BlockPlan, Experts
 from moebench.experts.mixed import WITHOUT_NETWORK
 from moebench.registry import Entry
@@ -167,9 +168,13 @@ def refuse_losses(c: Combination) -> Iterator[str]:
 
 
 def refuse_missing_gpu(c: Combination) -> Iterator[str]:
-    """Require a CUDA device where the configuration asks for one."""
+    """Require a CUDA device where the configuration asks for one, and what the chosen kernels need."""
     if c.config.train.device == "cuda" and not torch.cuda.is_available():
         yield "train.device: 'cuda' was asked for, but torch finds no CUDA device (allowed: auto, cpu)"
+    try:
+        require_kernels(on_gpu=c.config.train.device != "cpu" and torch.cuda.is_available())
+    except UsageError as error:
+        yield str(error)
 
 
 def refuse_rerouting_without_scores(c: Combination) -> Iterator[str]:
