@@ -1,6 +1,6 @@
 """Triton's kernels at the sizes of `bench layer --only gpu`: the formula in fp64, and no wait for the device.
 
-MOEBENCH_TEST_DEVICE=cpu tries the tests on small sizes; with MOEBENCH_TRITON=interpret they run the kernels.
+MOEBENCH_TEST_DEVICE=cpu tries the tests on small sizes; with MOEBENCH_KERNELS=interpret they run the kernels.
 """
 
 from collections.abc import Callable, Iterator
@@ -165,7 +165,7 @@ def test_the_mixture_in_triton_equals_that_of_operators(
     again = differentiate(lambda: bank.mixture(x_TD, routing), leaves)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, again, strict=True))
     del again
-    monkeypatch.setenv(backend.SWITCH, "0")
+    monkeypatch.setenv(backend.SWITCH, "torch")
     operators = differentiate(lambda: bank.mixture(x_TD, routing), leaves)
     for ours, theirs in zip(first, operators, strict=True):
         assert ours.isfinite().all()

@@ -1,6 +1,6 @@
 """Selection and sort in Triton at the sizes of a large layer: torch's operators on the same device, and no wait for it.
 
-MOEBENCH_TEST_DEVICE=cpu tries the tests on small sizes; with MOEBENCH_TRITON=interpret they run the kernels.
+MOEBENCH_TEST_DEVICE=cpu tries the tests on small sizes; with MOEBENCH_KERNELS=interpret they run the kernels.
 """
 
 from typing import Any
