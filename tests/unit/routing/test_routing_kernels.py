@@ -54,7 +54,7 @@ def choose_both(logits_TE: Tensor, rule: TopKRule, **options: Any) -> list[tuple
     """Return what the kernel chooses, and what torch's operators choose."""
     results = []
     with pytest.MonkeyPatch.context() as monkeypatch:
-        for switch in ("interpret", "0"):
+        for switch in ("interpret", "torch"):
             monkeypatch.setenv(backend.SWITCH, switch)
             results.append(choose_top_k(logits_TE, rule, **options))
     return results
@@ -214,7 +214,7 @@ def test_plans_are_those_of_torch(routing: Routing, on_gpu: bool) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         if on_gpu:
             monkeypatch.setattr(dispatch_module, "group_rows", group_rows_as_on_a_gpu)
-        for switch in ("interpret", "0"):
+        for switch in ("interpret", "torch"):
             monkeypatch.setenv(backend.SWITCH, switch)
             routing._counts.clear()
             plans.append(DispatchPlan.of(routing))
@@ -274,7 +274,7 @@ def test_routers_use_the_kernel(
         for index, tensor in enumerate([*router.parameters(), *router.buffers()]):
             tensor.copy_(draw(index + 1, *tensor.shape)[0] / 4)
     x_TD, results = draw(21, 8), []
-    for switch in ("interpret", "0"):
+    for switch in ("interpret", "torch"):
         monkeypatch.setenv(backend.SWITCH, switch)
         context = RouteContext(training=True, generator=torch.Generator().manual_seed(0), sequence_length=21)
         routing = router(x_TD, context)
