@@ -106,7 +106,7 @@ def test_masked_experts_and_extreme_logits() -> None:
     logits_TE = draw(6, 7)
     logits_TE[0, 2:] = -torch.inf
     logits_TE[1, 1:] = -torch.inf  # the second choice is the first of those that are masked
-    logits_TE[2] = torch.tensor([0.0, -0.0, -1e-9, 1e-9, -1.0, 1.0, 1e-38])
+    logits_TE[2] = torch.tensor([-1e-9, 0.0, -0.0, 1e-9, -1.0, -2.0, 1e-38])  # all but two are equal
     logits_TE[3] = torch.tensor([1e30, -1e30, 3e38, 1e20, 2.0**23, 2.0**24, -(2.0**40)])
     logits_TE[4] *= 100
     logits_TE[5] = 2.0**-14 * torch.tensor([2.0**22, 2.0**22 + 0.5, 2.0**22 + 1.5, 2.0**23, 2.0**23 + 1, 0.0, 3.0])
