@@ -18,9 +18,9 @@ class StageConfig:
     name: str
     """Name of the stage, for `init.from: stage:NAME`."""
     base: Untyped = field(default_factory=dict)
-    """Keys of a cell, above those of the experiment's `base`."""
+    """Keys of a cell; they override those of the experiment's `base`."""
     grid: dict[str, list[Untyped]] = field(default_factory=dict)
-    """Key -> values, beside those of the experiment's `grid`; a key of both has these values."""
+    """Key -> values, in addition to the experiment's `grid`; for a key in both, these values apply."""
 
     def __post_init__(self) -> None:
         require_plain_name(self.name, "stages: name of a stage")

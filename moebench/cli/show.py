@@ -22,10 +22,14 @@ Name = Annotated[
 ExperimentFile = Annotated[
     str | None, typer.Argument(metavar="[EXPERIMENT]", help="After `experiment`: name of the experiment to print.")
 ]
-AllRouters = Annotated[bool, typer.Option("--all-routers", help="Print all routers, as Markdown (docs/routers.md).")]
+AllRouters = Annotated[bool, typer.Option("--all-routers", help="Print all routers, as Markdown.")]
 AllOptions = Annotated[
     bool,
     typer.Option("--all-options", help="Print all options, as Markdown (docs/configuration.md)."),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="With --all-routers: write routers.md and routers/FAMILY.md to this folder instead of printing."),
 ]
 Plot = Annotated[Path | None, typer.Option(help="Draw where a router sends a few tokens (PNG, PDF, SVG).")]
 
@@ -35,6 +39,7 @@ def show(
     experiment: ExperimentFile = None,
     all_routers: AllRouters = False,
     all_options: AllOptions = False,
+    out: Out = None,
     plot: Plot = None,
     plugin: Plugins = None,
     results: Results = DEFAULT_RESULTS,
@@ -61,10 +66,15 @@ def show(
         )
     if plot and name is None:
         raise UsageError("--plot: draws one router; give its name")
+    if out and (not all_routers or json):
+        raise UsageError("--out: writes Markdown; allowed with --all-routers and without --json")
     from moebench.registry import load_plugin
 
     for path in plugin or ():
         load_plugin(path)
+    if out:
+        _write_router_pages(out)
+        return
     descriptions = _describe(name, all_routers=all_routers)
     if plot:
         _draw(descriptions[0], plot)
@@ -77,6 +87,13 @@ def show(
         from moebench.catalogue.pages import render_routers_page
 
         print_text(render_routers_page() if all_routers else render_configuration_page(), end="")
+
+
+def _write_router_pages(folder: Path) -> None:
+    from moebench.catalogue.pages import write_router_pages
+
+    for file in write_router_pages(folder):
+        print_text(str(file))
 
 
 def _describe(name: str | None, *, all_routers: bool) -> list[dict[str, Any]]:

@@ -33,9 +33,9 @@ class SizeConfig:
     flops: float = 1e14
     """Training FLOPs of the dense arm."""
     vocab_size: int = 4096
-    """Tokens of the vocabulary that `flops` is counted with."""
+    """Vocabulary size that `flops` is counted with."""
     tasks: list[str] = field(default_factory=list)
-    """Tasks that it was made for; other ones are refused. Empty: every task that has the options it sets."""
+    """Tasks that the size is made for; others are refused. Empty: every task that has the options it sets."""
     base: Untyped = field(default_factory=dict)
     """Keys of a cell."""
 

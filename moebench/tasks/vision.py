@@ -75,7 +75,7 @@ class Vision(Task):
         pooling: Literal["mean", "class_token"] = "mean"
         """Input of the head: the mean of all tokens, or a class token before them."""
         shift: int = 2
-        """Largest shift of training images in pixels, vertically and horizontally; below data.size."""
+        """Maximum shift of training images in pixels, vertically and horizontally; below data.size."""
         mirror: list[str] | None = None
         """Domains whose training images are mirrored with probability 1/2; null: fashion, if it is the embedded set."""
         label_smoothing: float = 0.0

@@ -39,7 +39,7 @@ class AttentionExperts(Layout):
 
         name: str = "attention"
         keys_values: Literal["shared", "apart"] = "shared"
-        """Keys are the values too, from one map of each expert (the paper), or each has its own map."""
+        """shared: one map of each expert gives both keys and values (the paper); apart: each has its own map."""
         feed_forward: Literal["dense", "experts"] = "dense"
         """The other half of the block: dense, or num_experts experts behind its own router."""
 

@@ -24,7 +24,7 @@ from moebench.routing.values import Routing
         equation="i = domain of the sequence (mod E),  y = E_i(x);  or in evaluation, and for domains held out of "
         "training, y = Σ_e π_e E_e(x)",
         paper="arXiv:2108.05036, sections 3 and 5",
-        use="Domains are known, and experts are to be added, removed or served per domain.",
+        use="When domains are known, and experts are added, removed or served for each domain.",
         beware="Loads are those of the data. Evaluation needs a label too, or mixes all experts by the prior at E "
         "times the cost.",
         causality=Causality(causal=True, reason="the domain is given with the text", batch_dependent=False),

@@ -23,8 +23,8 @@ from moebench.routing.values import LayerRecord, Routing
         family="adaptive computation",
         equation="G_j = W x + W_g G_{j-1} in the j-th MoE layer,  p = softmax(G_j),  y = Σ_{i in top-k} p_i E_i(x)",
         paper="arXiv:2410.07348, section 3 (loss: heterogeneous load balance)",
-        use="Experts without cost next to networks: easy tokens use less compute.",
-        beware="Pointless without layout `zero_computation`. Executed FLOPs vary with the routing.",
+        use="With experts that cost nothing beside networks: easy tokens use less compute.",
+        beware="It is pointless without the layout `zero_computation`. Executed FLOPs vary with the routing.",
         causality=Causality(
             causal=True,
             reason="each token is routed by its own vectors, here and in the layers below",

@@ -27,7 +27,7 @@ from moebench.routing.values import ChainRouting, LayerRecord, Routing
         equation="h_n = h_{n-1} + E_n(|h_{n-1}|),  λ_n = sigmoid(w·|h_n| + b),  p_n = λ_n Π_{j<n} (1-λ_j),  λ_E = 1;  "
         "training: N ~ p, evaluation: N = min {n: Σ_{j≤n} p_j ≥ 1/2};  y = h_N - x",
         paper="arXiv:2107.05407, section 2",
-        use="Adaptive computation with a prior over the number of steps in place of a cost.",
+        use="For adaptive computation with a prior over the number of steps instead of a cost per step.",
         beware="The number of steps is sampled, so its gradient is noisy. Steps are sequential, so it is slow.",
         causality=Causality(causal=True, reason="each token halts by its own states and draws", batch_dependent=False),
         variable_k=True,

@@ -73,7 +73,7 @@ class AudioDataConfig:
     sample_rate: int = 8000
     """Samples per second; clips with another rate are resampled."""
     num_mels: int = 40
-    """Mel bands of the log-mel spectrogram."""
+    """Number of mel bands of the log-mel spectrogram."""
     max_seconds: float = 6.0
     """Longer clips are skipped and counted."""
     digits: Literal["drop", "keep"] = "drop"

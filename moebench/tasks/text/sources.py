@@ -61,10 +61,10 @@ class TextDataConfig:
     streaming: bool = False
     """Read only the first `max_bytes`, in the order of the source, without downloading or reading more."""
     max_bytes: int | None = None
-    """Largest number of bytes of text (UTF-8) to use, divided equally among domains unless `streaming`; null: all."""
+    """Maximum number of bytes of text (UTF-8) to use, divided equally among domains unless `streaming`; null: all."""
     remove_overlap: bool = True
-    """Remove validation and test documents at least half of whose 13-grams of words are in the training split; a folder
-    of `moebench prepare` has its own `--keep-overlap`."""
+    """Remove validation and test documents that share at least half of their 13-grams of words with the training split;
+    a folder of `moebench prepare` has its own `--keep-overlap`."""
     tokenizer: str = BPE
     """'bpe4096' (trained on the embedded text), 'bytes', a tokenizer.json, its folder, or a name on the hub."""
     mask_documents: bool = False
