@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from moebench.causality import find_leak, must_be_causal
-from moebench.errors import UsageError, unknown
+from moebench.errors import UsageError, build_unknown_error
 from moebench.experts.assembly import RouterPlan
 from moebench.experts.capacity import Capacity
 from moebench.experts.layout import LAYOUTS, BlockPlan, Experts
@@ -159,7 +159,7 @@ def refuse_losses(c: Combination) -> Iterator[str]:
     known = {*LOSSES.names(), *c.router.facts.own_losses}
     for loss, coefficient in c.config.router.losses.items():
         if loss not in known:
-            yield str(unknown("router.losses", loss, known))
+            yield str(build_unknown_error("router.losses", loss, known))
         if not coefficient >= 0:
             yield f"router.losses.{loss} must be at least 0, got {coefficient}"
         elif math.isinf(coefficient):

@@ -80,7 +80,7 @@ def _open_closed_streams() -> None:
 
 
 @contextlib.contextmanager
-def silent_exit_refused() -> Iterator[None]:
+def refuse_silent_exit() -> Iterator[None]:
     """Let no code that a command imports, such as a plug-in, end the process by os._exit(0) as if all were done."""
     exit_now, main_process = os._exit, os.getpid()
 

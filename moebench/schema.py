@@ -271,7 +271,7 @@ class ExperimentConfig:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     """One run of every arm per seed; equal seeds mean equal data order and equal initial weights of shared parts."""
     size: str | None = None
-    """Named preset for model, data and training (`moebench list sizes`): `base` overrides it, `--size` overrides both."""
+    """Preset for model, data and training (`moebench list sizes`): `base` overrides it, `--size` overrides both."""
     baseline: str | None = None
     """The arm that the others are compared with; null: the first."""
     margin: float = DEFAULT_MARGIN
@@ -279,7 +279,7 @@ class ExperimentConfig:
     tune: TuneConfig = field(default_factory=TuneConfig)
     """Settings that each arm chooses on validation before it is trained; null on the command line: no tuning."""
     equal: Literal["steps", "training_flops"] = "steps"
-    """Equal in all arms: train.steps, or the training FLOPs of the baseline, from which the other arms' steps follow."""
+    """Equal in all arms: train.steps, or training FLOPs, where the steps of arms follow from those of the baseline."""
     stages: list[StageConfig] = field(default_factory=list)
     """Runs that are trained one after another, each from a run of an earlier stage; the last stage is compared."""
 

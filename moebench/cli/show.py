@@ -143,13 +143,13 @@ def _print(description: dict[str, Any]) -> None:
     from rich.padding import Padding
 
     from moebench.catalogue.configuration import format_option
-    from moebench.catalogue.describe import to_text, unwrap
+    from moebench.catalogue.describe import join_paragraph_lines, to_text
     from moebench.cli.output import make_console
 
     console = make_console()
     console.print(f"{description['name']}  ({description['kind']})\n")
     if description["about"]:
-        console.print(f"{unwrap(description['about'])}\n")
+        console.print(f"{join_paragraph_lines(description['about'])}\n")
     for title, key in (("When to use it", "use"), ("What can go wrong", "beware")):
         if description.get(key):
             console.print(f"{title}: {description[key]}\n")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.config import resolve, to_plain
-from moebench.errors import UsageError, nearest, require
+from moebench.errors import UsageError, require, suggest
 from moebench.experiment.grid import Experiment, expand_config
 from moebench.registry import Plugin
 from moebench.runs.folder import RunFolder
@@ -138,7 +138,7 @@ def _choose_target(parent: CellConfig, options: AdaptOptions, results: Path) -> 
     path = Path(options.to).expanduser()
     if not path.exists():
         raise UsageError(
-            f"--to {options.to}: is no domain of the run's data and no file or folder.{nearest(options.to, names)}"
+            f"--to {options.to}: is no domain of the run's data and no file or folder.{suggest(options.to, names)}"
             f" Domains: {', '.join(trained.domains)}"
         )
     defaults = to_plain(type(parent.task.data)())  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.config import apply_overrides, load_experiment
-from moebench.errors import require_text, unknown
+from moebench.errors import build_unknown_error, require_text
 from moebench.experiment.arms import DEFAULT_RESOLUTION, Arm, Resolution, note_partial_overrides, resolve_arms
 from moebench.experiment.cells import CellBuilder, StageArms
 from moebench.experiment.equal_flops import match_training, open_costs
@@ -194,4 +194,4 @@ def _choose_baseline(requested: str | None, arms: Sequence[str], *, is_regridded
         return requested or arms[0], ()
     if is_regridded:
         return arms[0], (f"baseline '{requested}' is not in this grid; '{arms[0]}' replaces it",)
-    raise unknown("baseline", requested, arms)
+    raise build_unknown_error("baseline", requested, arms)

@@ -230,7 +230,7 @@ def has_diverged(results: Path, cell_id: str) -> bool:
     return result is not None and result.status == "failed" and result.fault == Fault.DIVERGED
 
 
-def settle(experiment: Experiment, results: Path) -> Experiment:
+def select_tuned_cells(experiment: Experiment, results: Path) -> Experiment:
     """Return the experiment with the cells of the arms that have chosen; one without tuning as it is.
 
     Arms that have not chosen, or cannot, have no cells.

@@ -193,7 +193,7 @@ class Scheduler:
         for group in self.groups:
             progress = group.poll()
             with self.containment.contain("display"):
-                for note in group.take_notes():
+                for note in group.pop_notes():
                     self.display.note(note)
             if progress is not None:
                 with self.containment.contain("display"):

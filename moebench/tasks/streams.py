@@ -30,7 +30,7 @@ def open_text(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", newline="")
 
 
-def plain_ending(name: str) -> str:
+def find_uncompressed_ending(name: str) -> str:
     """Return the ending of a file in lower case, without that of its compression."""
     name = name.lower()
     for ending in COMPRESSED:

@@ -37,7 +37,7 @@ from moebench.training.trainable import freeze_parameters, restore_after_updates
 from moebench.training.z_loss import add_z_loss
 
 
-def can_check_later(config: CellConfig, mesh: Mesh, optimizer: torch.optim.Optimizer) -> bool:
+def can_defer_checks(config: CellConfig, mesh: Mesh, optimizer: torch.optim.Optimizer) -> bool:
     """Return whether a device would wait for the host, which need not know a step's loss before its update."""
     return mesh.device.type == "cuda" and config.train.spike_policy == "record" and can_clip_in_update(optimizer)
 
@@ -281,6 +281,6 @@ class CellModule(lightning.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.config, self.model, self.task, self.mesh)
         restore_after_updates(optimizer, self.frozen_experts)
-        self.checks_later = can_check_later(self.config, self.mesh, optimizer)
+        self.checks_later = can_defer_checks(self.config, self.mesh, optimizer)
         schedule = build_schedule(self.config, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

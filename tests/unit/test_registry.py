@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moebench.errors import UsageError, nearest
+from moebench.errors import UsageError, suggest
 from moebench.registry import (
     FOLDERS,
     HOMES,
@@ -65,8 +65,8 @@ def test_wrong_name_is_refused_with_the_nearest() -> None:
 
 
 def test_nearest_is_empty_when_nothing_is_near() -> None:
-    assert nearest("zzzzz", ["switch", "hash"]) == ""
-    assert nearest("hsah", ["switch", "hash"]) == " Did you mean 'hash'?"
+    assert suggest("zzzzz", ["switch", "hash"]) == ""
+    assert suggest("hsah", ["switch", "hash"]) == " Did you mean 'hash'?"
 
 
 def test_second_component_of_a_name_is_refused() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from moebench.analysis.benchmarks.passages import PASSAGE_TASKS, TestPassages
 from moebench.analysis.benchmarks.records import digest_values
 from moebench.analysis.benchmarks.task_files import TaskFile, list_task_files
-from moebench.errors import UsageError, nearest
+from moebench.errors import UsageError, suggest
 
 FIRST_VERSION = (0, 4, 12)
 """Of lm-eval. Earlier ones load tasks by another interface."""
@@ -114,7 +114,7 @@ def _load_from_library(name: str, local: Mapping[str, TaskFile]) -> dict[str, An
 
         manager = TaskManager()
     if name not in manager.task_index:
-        near = nearest(name, [*local, *PASSAGE_TASKS, *manager.all_tasks])
+        near = suggest(name, [*local, *PASSAGE_TASKS, *manager.all_tasks])
         own = ", ".join([*local, *PASSAGE_TASKS])
         raise UsageError(
             f"--tasks: '{name}' is unknown.{near} Allowed: {own}, and the tasks of lm-eval (lm-eval ls tasks)"

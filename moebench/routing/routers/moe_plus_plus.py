@@ -6,7 +6,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from moebench.errors import require
-from moebench.routing.constants import constant_like
+from moebench.routing.constants import build_constant_like
 from moebench.routing.context import RouteContext
 from moebench.routing.features.feature import Feature
 from moebench.routing.features.networkless_experts import NetworklessExperts
@@ -97,7 +97,7 @@ class MoEPlusPlus(Router["MoEPlusPlus.Config"]):
     def losses(self, record: LayerRecord) -> dict[str, LossValue]:
         scores_TE = record.routing.scores_TE
         assert scores_TE is not None
-        eta_E = constant_like(self.eta, scores_TE)
+        eta_E = build_constant_like(self.eta, scores_TE)
 
         def formula(load_E: Tensor, mean_E: Tensor) -> Tensor:
             weighted = (eta_E * (load_E / load_E.sum().clamp(min=1)) * mean_E).sum()
