@@ -76,7 +76,7 @@ def train_and_test(
 ) -> TrainingOutcome:
     """Draw data, train a model and test it; everything is a function of setting, kind and seed.
 
-    Raises Stopped at the first step after `stopped` was set.
+    Raises TrainingStopped at the first step after `stopped` was set.
     """
     source = make_generator("chen2022", setting.name, seed)
     directions = Directions.draw(source)
