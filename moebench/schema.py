@@ -36,7 +36,7 @@ SECTIONS = ("model", "train", "balance", "parallel", "init")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
-    """Optimizer, schedule and cadence of training: the same for every arm of a comparison.
+    """Optimizer, schedule and intervals of training: the same for every arm of a comparison.
 
     Schedule: linear warm-up, then what `schedule` names. The learning rate of update u = 0, 1, ..., steps - 1 is the
     peak times (u + 1) / warmup_steps if u < warmup_steps, and then
@@ -63,13 +63,13 @@ class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
     torch.optim.Muon. Queries, keys and values, the two halves of a gated projection, and each expert are matrices of
     their own; with experts on several processes each process updates its own and communicates nothing. An update of an
     m x n matrix (m <= n) costs 5 (4 m^2 n + 2 m^3) FLOPs, whatever the batch. The size of M has no effect: an expert
-    without tokens goes on in the direction of its momentum with full steps, and clip_norm changes only how gradients of
-    different steps are mixed.
+    without tokens keeps moving in the direction of its momentum with full steps, and clip_norm changes only how
+    gradients of different steps are mixed.
 
     Learning rates: those of router, experts, embeddings and head follow the same schedule from their own peaks. A group
     is what a parameter belongs to in the model; the output that shares the embedding is an embedding.
 
-    Weight decay is decoupled and times the learning rate. It applies to parameters of two or more dimensions
+    Weight decay is decoupled and multiplied by the learning rate. It applies to parameters of two or more dimensions
     (projections, embedding tables, stacked expert weights) in weight_decay_groups; gains and biases are not decayed.
 
     mup_base_width = b keeps the sizes of activations and of their changes equal at every width (muP, arXiv:2203.03466,
@@ -140,7 +140,7 @@ class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
     log_every: int = 20
     """Updates between points of the journal."""
     spike_policy: Literal["record", "stop", "skip", "rewind"] = "record"
-    """After a loss spike: record it and go on; end the run; leave out the update, also where only the gradient norm
+    """After a loss spike: record it and continue; end the run; leave out the update, also where only the gradient norm
     spikes; or go back to the last checkpoint and leave out the batches since then."""
     spike_window: int = 128
     """Number of earlier updates that a loss is compared with."""
@@ -193,7 +193,7 @@ class ParallelConfig:
     shard_optimizer: bool = False
     """Divide the state of the optimizer among the processes with equal copies of a parameter; results stay the same."""
     async_checkpoints: bool = False
-    """Write checkpoints from a copy in memory while training goes on."""
+    """Write checkpoints from a copy in memory while training continues."""
 
     @property
     def world_size(self) -> int:

@@ -252,5 +252,5 @@ def _list_limits(run: TrainedRun, options: ExportOptions) -> tuple[str, ...]:
             "In training and evaluation, attention stayed inside the documents of a window; here it does not."
         )
     if config.layout.capacity_factor_train is not None and config.router.name != "dense":
-        limits.append("Experts had a capacity in training; they have none here, nor in the evaluation above.")
+        limits.append("Experts had a capacity in training; they have none here or in the evaluation above.")
     return tuple(limits)

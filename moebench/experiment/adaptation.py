@@ -1,4 +1,4 @@
-"""`moebench adapt`: the experiment of one arm that goes on from a finished run, on one domain or on other data."""
+"""`moebench adapt`: the experiment of one arm that continues from a finished run, on one domain or on other data."""
 
 import hashlib
 import json
@@ -98,7 +98,7 @@ def _note_trained_target(parent: CellConfig, parent_id: str, task: Mapping[str, 
 
 
 def _identify(base: Mapping[str, Any], tune: TuneConfig, overrides: Sequence[str]) -> str:
-    """Return six digits that stand for the settings: another call of the same settings goes on with the same runs."""
+    """Return six digits that stand for the settings: another call of the same settings continues with the same runs."""
     content = json.dumps([base, to_plain(tune), sorted(overrides)], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:6]
 

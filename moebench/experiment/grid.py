@@ -44,11 +44,11 @@ class Experiment:
     margin: float = DEFAULT_MARGIN
     """Differences below this share of the baseline's mean count as equivalence."""
     stages: tuple[str, ...] = ()
-    """Names of the stages, of which `cells` are the last one; runs of the others are the `parents` of cells."""
+    """Names of the stages: `cells` are the last one, and runs of the others are the `parents` of cells."""
     tuning_of: str = ""
     """The experiment whose tuning runs the cells are; empty: they are something else."""
     stage_of: str = ""
-    """The experiment of which the cells are an earlier stage; empty: they are something else."""
+    """The experiment that the cells are an earlier stage of; empty: there is none."""
     design: SeedDesign | None = None
     """Seeds of the file, and how many undecided arms may get; None for tuning runs, which are not compared."""
 

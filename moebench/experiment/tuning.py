@@ -1,7 +1,7 @@
 """What each arm chooses: the trial with the best validation metric, a function of the results of the tuning runs.
 
-It is computed from the results alone, so that several runners of one grid choose alike. A trial with a run that failed
-or diverged is worse than every other one; of equal trials the first in the order of the grid is chosen.
+It is computed from the results alone, so that several runners of one grid make the same choice. A trial with a run that
+failed or diverged is worse than every other one; of equal trials the first in the order of the grid is chosen.
 """
 
 from collections.abc import Mapping

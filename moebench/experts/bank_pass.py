@@ -20,7 +20,7 @@ class BankPass:
     """The experts of a layer in one forward pass (`routing.abstract.ExpertPass`).
 
     In a chain the experts are steps, h_0 = x, h_n = h_{n-1} + E_n(norm h_{n-1}), and the router decides between them
-    which tokens go on. From the second step on an expert reads the state at unit scale, as the blocks of a pre-norm
+    which tokens continue. From the second step on an expert reads the state at unit scale, as the blocks of a pre-norm
     transformer do: without a norm, a long chain of gated experts explodes. The first reads x, whose norm is outside.
     """
 

@@ -27,7 +27,7 @@ itself, and its norm, activation or residual sum."""
 COPIES_IN_BF16_ON_CPU = 1.4
 """Copies under autocast on a CPU, with the weights in bf16."""
 SAVED_COPIES = 3
-"""Copies of each parameter in a checkpoint that is written while training goes on: the value and two moments."""
+"""Copies of each parameter in a checkpoint that is written while training continues: the value and two moments."""
 SHARE_IN_UPDATE = 0.5
 """Fraction of the values of a forward pass that are still allocated during the update."""
 
@@ -58,7 +58,7 @@ class ModelSize:
         """Measure a model, which may be on the meta device.
 
         `length`, `decoder_length`: tokens of a sequence, for modules with values besides those of their own matrices,
-        which count them themselves, and for an encoder-decoder, of which each half sees its own tokens.
+        which count them themselves, and for an encoder-decoder, each half of which sees its own tokens.
         """
         values = _ValueCount(model, backbone, length, _share_tokens(model, backbone, length, decoder_length))
         expert_params = sum(parameter.numel() for parameter in model.parameters() if id(parameter) in values.rows)

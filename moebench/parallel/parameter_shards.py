@@ -196,7 +196,7 @@ def _view_parts(shard: ParameterShard) -> tuple[Tensor, Tensor]:
 
 
 def _split_pieces(parts_W: Tensor, updated: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split the parts of a parameter into pieces of which all together have `MAX_GATHERED_ELEMENTS` at most."""
+    """Split the parts of a parameter into pieces that together have `MAX_GATHERED_ELEMENTS` at most."""
     limit = MAX_GATHERED_ELEMENTS[parts_W.device.type]
     if parts_W.numel() <= limit or not updated.dim():
         yield parts_W, updated

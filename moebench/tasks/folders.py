@@ -45,7 +45,9 @@ def list_files(root: Path, endings: Sequence[str]) -> dict[str, Path]:
     for path in matching:
         name = format_relative_path(path, root if path != root else root.parent)
         if name in files:
-            raise UsageError(f"task.data.path: there are two files '{name}', of which one is not UTF-8; rename one")
+            raise UsageError(
+                f"task.data.path: there are two files '{name}', and one of the names is not UTF-8; rename one"
+            )
         files[name] = path
     return files
 

@@ -61,7 +61,7 @@ def read_lines(file: TextIO, name: str) -> Iterator[str]:
 
 
 def read_json_array(file: TextIO, name: str) -> Iterator[Any]:
-    """Yield the items of a JSON array, of which one at a time is in memory; raise ValueError if it is none.
+    """Yield the items of a JSON array, keeping one at a time in memory; raise ValueError if it is none.
 
     Raises UsageError for an item of more than `LONGEST_ROW` characters.
     """

@@ -222,7 +222,7 @@ class CellModule(lightning.LightningModule):
             )
 
     def _apply_spike_policy(self, step: int) -> None:
-        """Compare the step with those before it, and do what the policy says; all processes decide alike."""
+        """Compare the step with those before it, and do what the policy says; all processes decide the same."""
         policy = self.spike_guard.policy
         spike = self.spike_guard.check(
             step + 1, self.last_loss, self.last_grad_norm, lambda: self.source.name_batch(step)

@@ -63,7 +63,7 @@ class Finding:
     micro_batch: int
     stage: int
     index: int
-    """Position within the stage; on several processes they are counted alike."""
+    """Position within the stage; on several processes they are counted in the same way."""
     name: str
 
     def describe(self, rank: int, num_ranks: int) -> str:

@@ -28,7 +28,7 @@ class Level:
 
     alpha: float
     note: str = ""
-    """Empty for a look at all planned seeds when none are to be added."""
+    """Empty for a look at all planned seeds if none will be added."""
 
 
 def compute_level(plan: SeedPlan, seeds: Collection[int], num_comparisons: int = 1) -> Level:
@@ -89,5 +89,5 @@ def _describe_unplanned_look(looked: frozenset[int], planned: frozenset[int], fi
     if planned < looked < final:
         return f"a look between those that were planned, at {len(planned)} and {len(final)} seeds"
     if looked > final:
-        return f"{number} seeds, of which {len(looked - final)} were added after looking, without announcing it"
+        return f"{number} seeds; {len(looked - final)} of them were added after looking, without announcing it"
     return f"other seeds than the {len(planned)} planned ones"

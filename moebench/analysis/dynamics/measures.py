@@ -1,4 +1,4 @@
-"""How two routings of the same tokens agree, which experts go together, how alike experts are.
+"""How two routings of the same tokens agree, which experts go together, how similar experts are.
 
 A routing is a table `member_TE` (bool): token t goes to expert e.
 """

@@ -178,7 +178,7 @@ def _read_result(results: Path, cell_id: str) -> RunResult | None:
 
 
 def _describe_shape(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what runs must have in common to vary alike over seeds, as far as a configuration says it."""
+    """Return what runs must have in common to vary in the same way over seeds, as far as a configuration says it."""
     task, model, train = (config.get(section) for section in ("task", "model", "train"))
     task_name = task.get("name") if isinstance(task, Mapping) else None
     train = train if isinstance(train, Mapping) else {}

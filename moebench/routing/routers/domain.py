@@ -57,7 +57,7 @@ class Domain(Router["Domain.Config"]):
         """Use the expert of the sequence's domain, as in training (label), or mix all experts by the prior (prior)."""
         domains: list[str] = field(default_factory=list)
         """Names of domains in the order of their experts; empty: those of training, in the order of the data. A model
-        that goes on with other domains (`init`) keeps the experts of those that it lists, trained on now or not."""
+        that continues with other domains (`init`) keeps the experts of those that it lists, trained on now or not."""
 
     def __init__(self, config: Config, context: RouterBuildContext) -> None:
         super().__init__(config, context)

@@ -75,7 +75,7 @@ class DomainPosterior(Domain):
         losses: dict[str, float] = field(default_factory=lambda: {"domain": 0.1})
         domains: list[str] = field(default_factory=list)
         """Names of domains in the order of their experts; empty: those of training, in the order of the data. A model
-        that goes on with other domains (`init`) keeps the experts of those that it lists, trained on now or not."""
+        that continues with other domains (`init`) keeps the experts of those that it lists, trained on now or not."""
 
     def __init__(self, config: Any, context: RouterBuildContext) -> None:
         super().__init__(Domain.Config(name=config.name, domains=config.domains), context)

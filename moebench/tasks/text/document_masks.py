@@ -31,7 +31,7 @@ class CellComponents(Protocol):
 
 
 def refuse_masked_documents(c: CellComponents) -> Iterator[str]:
-    """Require components that keep the documents of a window apart, where they are to be kept apart.
+    """Require components that keep the documents of a window apart, if the option requires it.
 
     Competition for experts and their slots is allowed: it couples the sequences of a batch too.
     """

@@ -157,7 +157,7 @@ def test_what_is_stored_is_not_computed_again(results: Path, tmp_path: Path, mon
     again = evaluate(results, folder)
     assert again == second
     assert asked == []
-    monkeypatch.setattr(RunModel, "load", None)  # nor is the model loaded
+    monkeypatch.setattr(RunModel, "load", None)  # the model is not loaded either
     assert evaluate(results, folder) == second
 
 
