@@ -209,7 +209,7 @@ def _check_passes(runs: Sequence[RunResult], baseline_runs: Sequence[RunResult])
 
 
 def _check_tokens(runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> Mismatch | None:
-    """Compare seed by seed: with sequences of unequal length the number of tokens depends on the seed, not on the arm."""
+    """Compare seed by seed: with sequences of unequal length the number depends on the seed, not on the arm."""
     baseline = {run.seed: _format_tokens(run) for run in baseline_runs}
     pairs = [(_format_tokens(run), baseline[run.seed]) for run in runs if run.seed in baseline]
     if not pairs:
