@@ -30,14 +30,17 @@ compares their properties.
 
 {links}
 """
-LEGEND = """- **causal**: no token's routing depends on later tokens. *dropless*: it does with a capacity.
-  *eval*: it does in training.
-- **batch**: in evaluation, it matters what else is in the batch.
-- **any k**: tokens differ in their number of experts.
-- **even**: in training every expert has the same load by construction, where the sizes divide.
-- **learns**: the task loss reaches the router; **own losses**: those that only this router has.
+LEGEND = """- **causal**: no token's routing depends on later tokens. *dropless*: only without a capacity. *eval*: only in
+  evaluation.
+- **batch**: in evaluation, the routing of a sequence depends on the rest of the batch.
+- **any k**: the number of experts differs between tokens.
+- **even**: in training every expert has the same load by construction, if the sizes divide.
+- **learns**: the router has parameters that the task loss trains.
+- **own losses**: losses that only this router has.
 """
 COLUMNS = ("router", "family", "causal", "batch", "any k", "even", "learns", "own losses", "paper")
+CAUSAL = {"yes": "Yes", "no": "No", "dropless": "Only without a capacity", "eval": "Only in evaluation"}
+"""Cell of the column `causal` -> the same in words."""
 INDEX_FILE = "routers.md"
 D_MODEL, NUM_EXPERTS, LENGTH = 512, 8, 1024
 """Sizes of the example that gives the cost of a router."""
@@ -78,7 +81,7 @@ def summarise(router: Mapping[str, Any], format_paper: Callable[[str], str] = st
     """Return column -> cell of a router; `format_paper` may turn the number of its paper into a link."""
     causal = "yes" if router["causal"] else "eval" if router["causal_in_evaluation"] else "no"
     if router["causal"] and router["causal_with_capacity"] is False:
-        causal = "no drop"
+        causal = "dropless"
     cells = (
         router["name"],
         router["family"],
@@ -134,7 +137,7 @@ def _list_section_parts(router: dict[str, Any]) -> Iterator[str]:
         if text:
             yield f"**{title}.** {text}\n"
     yield f"**What it costs.** {_describe_cost(ROUTERS.get(router['name']).item, router['cost'])}\n"
-    yield f"**Causal.** {summarise(router)['causal'].capitalize()}: {router['causal_reason']}.\n"
+    yield f"**Causal.** {CAUSAL[summarise(router)['causal']]}: {router['causal_reason']}.\n"
     yield f"**Source.** {_link_papers(router['paper'])}.\n"
     if router["options"]:
         rows = [
@@ -160,13 +163,11 @@ def _describe_cost(router_class: type[Router], growth: str) -> str:
     router = router_class(config, context)
     rows = router.rows_per_token(router_class.experts_per_token(config, NUM_EXPERTS))
     flops = router.flops_per_token()
-    router_cost = (
-        f"{flops:,} FLOPs per token in the router itself" if flops else "nothing to multiply in the router itself"
-    )
+    router_cost = f"{flops:,} FLOPs per token in the router itself" if flops else "no FLOPs in the router itself"
     experts = "1 expert" if rows == 1 else f"{rows:g} experts"
     return (
         f"With {NUM_EXPERTS} experts and a width of {D_MODEL}: {experts} per token, {router_cost}."
-        f" Choosing takes O({growth})."
+        f" Selecting experts takes O({growth})."
     )
 
 
