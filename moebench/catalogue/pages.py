@@ -30,8 +30,8 @@ compares their properties.
 
 {links}
 """
-LEGEND = """- **causal**: no token's routing depends on later tokens. *dropless*: only without a capacity. *eval*: only in
-  evaluation.
+LEGEND = """- **causal**: no token's routing depends on later tokens. *dropless*: only without a capacity.
+  *eval*: only in evaluation.
 - **batch**: in evaluation, the routing of a sequence depends on the rest of the batch.
 - **any k**: the number of experts differs between tokens.
 - **even**: in training every expert has the same load by construction, if the sizes divide.

@@ -64,10 +64,7 @@ def show(
         raise UsageError(
             "show: give one of a name (`moebench list`), `experiment` and a name, --all-routers and --all-options"
         )
-    if plot and name is None:
-        raise UsageError("--plot: draws one router; give its name")
-    if out and (not all_routers or json):
-        raise UsageError("--out: writes Markdown; allowed with --all-routers and without --json")
+    _check_output_options(plot, out, has_name=name is not None, prints_routers=all_routers and not json)
     from moebench.registry import load_plugin
 
     for path in plugin or ():
@@ -87,6 +84,14 @@ def show(
         from moebench.catalogue.pages import render_routers_page
 
         print_text(render_routers_page() if all_routers else render_configuration_page(), end="")
+
+
+def _check_output_options(plot: Path | None, out: Path | None, *, has_name: bool, prints_routers: bool) -> None:
+    """Raise UsageError for --plot or --out where the command does not print what they replace."""
+    if plot and not has_name:
+        raise UsageError("--plot: draws one router; give its name")
+    if out and not prints_routers:
+        raise UsageError("--out: writes Markdown; allowed with --all-routers and without --json")
 
 
 def _write_router_pages(folder: Path) -> None:
