@@ -215,7 +215,7 @@ def test_show_draws_a_worked_example(cli: CommandLine, warm: WarmCommandLine, ro
         (["--all-routers", "--plot", "x.png"], ["--plot", "one router"]),
         (["base", "--out", "docs"], ["--out", "--all-routers"]),
         (["--all-routers", "--out", "docs", "--json"], ["--out", "without --json"]),
-        (["--all-routers", "--out", "my_file"], ["--out my_file", "cannot be written"]),
+        (["--all-routers", "--out", "tiny.yaml"], ["--out tiny.yaml", "cannot be written"]),
         (["every_n", "--plot", "x.png"], ["--plot", "'every_n' is a layout"]),
         (["base", "--plot", "nowhere/x.png"], ["--plot nowhere/x.png"]),
     ],
