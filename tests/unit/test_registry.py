@@ -194,8 +194,8 @@ def test_every_option_has_a_doc(config_class: type) -> None:
 
 def test_docs_of_fields_that_follow_each_other() -> None:
     docs = field_docs(TrainConfig)
-    assert docs["clip_norm"] == "Largest L2 norm of the gradient of all parameters."
-    assert docs["device"] == "Device of the run; auto is CUDA where a device is available, else the CPU."
+    assert docs["clip_norm"] == "Maximum L2 norm of the gradient of all parameters together."
+    assert docs["device"] == "Device of the run; auto is CUDA if a device is available, else the CPU."
 
 
 def test_every_component_has_a_source_location() -> None:
