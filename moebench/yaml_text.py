@@ -49,7 +49,7 @@ class WrittenList(list[Any]):
 
 
 def parse_yaml(text: str, name: str = "the value") -> Any:
-    """Return mappings, lists, `Plain` for unquoted scalars and str for quoted ones; None for an empty text.
+    """Return mappings, lists, `PlainScalar` for unquoted scalars and str for quoted ones; None for an empty text.
 
     Merge keys (`<<`) are applied. Raises yaml.YAMLError for invalid YAML, duplicate keys and tags other than those of
     JSON types.
