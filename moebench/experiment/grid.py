@@ -40,7 +40,8 @@ class Experiment:
     axes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Arm -> grid key -> label of the arm's value, without keys that mean nothing to the arm."""
     tuning: Tuning | None = None
-    """What the arms try before they are trained; until they have chosen (`select_tuned_cells`), `cells` are those of the file."""
+    """What the arms try before they are trained; `cells` are those of the file until arms have chosen
+    (`select_tuned_cells`)."""
     margin: float = DEFAULT_MARGIN
     """Differences below this share of the baseline's mean count as equivalence."""
     stages: tuple[str, ...] = ()
