@@ -21,7 +21,7 @@ from moebench.experiment.axes import (
 )
 from moebench.experiment.parents import complete_parents
 from moebench.schema import COMPONENTS, CellConfig, ExperimentConfig
-from moebench.tasks.task import TASKS
+from moebench.tasks.contract import read_source_digest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class _Point:
 
 def read_data_digest(config: CellConfig) -> str:
     """Return the digest of the data that a cell names, which are read."""
-    return TASKS.get(config.task.name).item.source_digest(config.task)
+    return read_source_digest(config.task)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,8 @@ from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.schema import CellConfig
 from moebench.tasks.cache import load_or_create
+from moebench.tasks.contract import read_source_digest
 from moebench.tasks.language import TextTask
-from moebench.tasks.task import TASKS
 from moebench.tasks.text.shared_documents import SharedDocuments, find_shared_documents
 
 
@@ -111,7 +111,7 @@ def _read_run(parent: Parent, costs: ModelCosts) -> tuple[CellConfig | None, boo
         if parent.kind == "run":
             stored: dict[str, Any] = RunFolder.of(costs.results, parent.name).read_cell()
             config = resolve(stored["config"])
-            digest = TASKS.get(config.task.name).item.source_digest(config.task)
+            digest = read_source_digest(config.task)
             return config, bool(digest == stored["data"]["digest"])
     except UsageError:  # a parent that cannot be read is reported by other checks
         pass
@@ -142,4 +142,4 @@ def count_shared(
 def _identify_source(config: CellConfig) -> str:
     """Return the digest of a source of text with all of its domains: equal where the division into splits is."""
     whole = replace(config.task, data=replace(config.task.data, held_out_domains=[]))  # type: ignore[attr-defined,call-arg]
-    return TASKS.get(config.task.name).item.source_digest(whole)
+    return read_source_digest(whole)

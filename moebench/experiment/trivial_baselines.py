@@ -176,11 +176,12 @@ def _compute(source: BaselineSource, results: Path, wanted: EvaluationSet) -> St
     task = prepare_task(source.config, results)
     if (task.digest, task.eval_digest) != (wanted.data_digest, wanted.eval_digest):
         raise UsageError("the data have changed since the runs were trained")
-    baselines = tuple(
-        replace(baseline, values={name: float(value) for name, value in baseline.values.items()})
-        for baseline in task.compute_baselines(wanted.split)
-    )
-    stored = StoredBaselines.from_dict(_to_stored(source, wanted, baselines).to_dict())  # checks them
+    with TASKS.get(source.config.task.name).errors_of("compute_baselines"):
+        baselines = tuple(
+            replace(baseline, values={name: float(value) for name, value in baseline.values.items()})
+            for baseline in task.compute_baselines(wanted.split)
+        )
+        stored = StoredBaselines.from_dict(_to_stored(source, wanted, baselines).to_dict())  # checks them
     meta, _ = load_or_create(_cache_folder(results, wanted), lambda: (stored.to_dict(), {}))
     return _from_entry(meta, wanted) or stored
 

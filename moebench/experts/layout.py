@@ -1,5 +1,6 @@
 """Expert layouts: which blocks hold experts, and what each bank of experts is, as a plan of frozen values."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -76,15 +77,15 @@ class LayoutFacts:
     """Description of a bank."""
 
 
-class Layout:
+class Layout(ABC):
     """Plans which blocks of a model hold experts, and what the experts are."""
 
     Config: ClassVar[type[LayoutConfig]]
 
     @staticmethod
+    @abstractmethod
     def plan(config: Any, num_layers: int) -> tuple[BlockPlan, ...]:
         """Return one entry for each block from the bottom; raise UsageError for options that do not fit."""
-        raise NotImplementedError
 
 
 def place_experts(blocks: Iterable[int], num_layers: int, plan: BlockPlan | Experts) -> tuple[BlockPlan, ...]:
@@ -119,5 +120,5 @@ def check_groups(groups: int, num_experts: int) -> None:
 
 
 LAYOUTS: Registry[type[Layout], LayoutFacts] = Registry(
-    "layout", "moebench.experts.layouts", item_type=Layout, facts_type=LayoutFacts
+    "layout", "moebench.experts.layouts", item_type=Layout, config_type=LayoutConfig, facts_type=LayoutFacts
 )

@@ -28,7 +28,7 @@ ORDER = (
         "commands",
     ),
     ("ranges",),
-    ("components", "registry", "yaml_text", "metric"),
+    ("components", "component_rules", "registry_entry", "registry", "yaml_text", "metric"),
     ("metrics",),
     ("conversion",),
     (

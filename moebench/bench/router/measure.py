@@ -13,7 +13,7 @@ from moebench.errors import UsageError
 from moebench.models.transformer import BatchContext, init_weights
 from moebench.routing.assignment import solve_balanced_assignment
 from moebench.routing.context import DataSummary
-from moebench.routing.contract import build_router
+from moebench.routing.contract import build_router, check_routing
 from moebench.routing.features.token_labels import TokenLabels
 from moebench.routing.layer_name import LayerName
 from moebench.routing.losses import compute_raw_losses
@@ -243,7 +243,8 @@ class RouterCall:
             domain_B=self.domain_B,
             features={TokenLabels: self.token_id_BL.flatten()},
         )
-        routing = self.router(self.x_TD, ctx.route(LayerName(), self.length, self.x_TD.device))
+        ctx_of_layer = ctx.route(LayerName(), self.length, self.x_TD.device)
+        routing = check_routing(self.router, self.router(self.x_TD, ctx_of_layer))
         return LayerRecord(routing=routing, kept=routing, sequence_length=self.length)
 
     def losses(self, record: LayerRecord) -> list[Tensor]:
