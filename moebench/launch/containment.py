@@ -41,5 +41,5 @@ def describe_with_location(error: BaseException) -> str:
     text = " ".join(str(error).split())[:300]
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if PACKAGE in Path(frame.filename).parents]
     inner = [frame for frame in frames if frame.filename != __file__]
-    place = f" ({Path(inner[-1].filename).relative_to(PACKAGE.parent)}:{inner[-1].lineno})" if inner else ""
-    return f"{type(error).__name__}{': ' if text else ''}{text}{place}"
+    location = f" ({Path(inner[-1].filename).relative_to(PACKAGE.parent)}:{inner[-1].lineno})" if inner else ""
+    return f"{type(error).__name__}{': ' if text else ''}{text}{location}"
