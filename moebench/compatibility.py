@@ -23,6 +23,7 @@ from moebench.experts.mixed import WITHOUT_NETWORK
 from moebench.registry import Entry
 from moebench.routing.contract import check_router_class
 from moebench.routing.features.feature import sequence_group_size
+from moebench.routing.kernels.backend import require_kernels
 from moebench.routing.losses import LOSSES
 from moebench.routing.router import ROUTERS, Facts, Router, required_features
 from moebench.schema import CellConfig
@@ -171,9 +172,13 @@ def refuse_losses(c: Combination) -> Iterator[str]:
 
 
 def refuse_missing_gpu(c: Combination) -> Iterator[str]:
-    """Require a CUDA device where the configuration asks for one."""
+    """Require a CUDA device where the configuration asks for one, and what the chosen kernels need."""
     if c.config.train.device == "cuda" and not torch.cuda.is_available():
         yield "train.device: 'cuda' was asked for, but torch finds no CUDA device (allowed: auto, cpu)"
+    try:
+        require_kernels(on_gpu=c.config.train.device != "cpu" and torch.cuda.is_available())
+    except UsageError as error:
+        yield str(error)
 
 
 def refuse_rerouting_without_scores(c: Combination) -> Iterator[str]:

@@ -9,6 +9,7 @@ from moebench.bench.layer.peers.register import list_versions
 from moebench.bench.layer.variants import has_bf16_units
 from moebench.cores import available_cores
 from moebench.errors import UsageError, build_unknown_error
+from moebench.routing.kernels.backend import require_kernels
 from moebench.runs.environment import collect_environment
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -21,7 +22,9 @@ def choose_device(name: str) -> torch.device:
         raise build_unknown_error("--device", name, DEVICES)
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device: 'cuda' was given, but torch finds no CUDA device (allowed: auto, cpu)")
-    if name == "cpu" or not torch.cuda.is_available():
+    on_gpu = name != "cpu" and torch.cuda.is_available()
+    require_kernels(on_gpu=on_gpu)
+    if not on_gpu:
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())  # lightning needs the index
 

@@ -9,7 +9,14 @@ import torch
 from moebench.compatibility import list_marks
 from moebench.launch.devices import uses_gpu
 from moebench.models.cost import Cost
-from moebench.models.memory import COPIES_IN_BF16_ON_CPU, COPIES_OF_A_VALUE, SAVED_COPIES, ModelSize, StepMemory
+from moebench.models.memory import (
+    COPIES_IN_BF16_ON_CPU,
+    COPIES_OF_A_VALUE,
+    RECOMPUTED_WEIGHT_COPIES,
+    SAVED_COPIES,
+    ModelSize,
+    StepMemory,
+)
 from moebench.models.storageless import build_without_storage
 from moebench.routing.features.feature import count_passes
 from moebench.schema import CellConfig
@@ -86,7 +93,8 @@ class ModelCosts:
     def training_bytes(self, config: CellConfig) -> int:
         """Return the bytes that one process of a cell allocates at the peak of a training step."""
         facts = self.facts(config)
-        is_slow_bf16 = config.train.precision == "bf16" and not uses_gpu(config.train)
+        is_bf16 = config.train.precision == "bf16"
+        is_slow_bf16 = is_bf16 and not uses_gpu(config.train)
         step = StepMemory(
             shards=config.parallel.expert,
             passes=facts.passes,
@@ -94,6 +102,7 @@ class ModelCosts:
             keeps_gradients=config.train.accumulate > 1,
             trained_share=facts.trained.share,
             batched_update=MAX_BATCH_ELEMENTS if config.train.optimizer == "muon" else 0,
+            weight_copies=RECOMPUTED_WEIGHT_COPIES if is_bf16 and config.train.recompute == "blocks" else 0.0,
             saved_copies=SAVED_COPIES if config.parallel.async_checkpoints else 0,
         )
         return facts.size.training_bytes(self.tokens_per_process(config), step)

@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 from moebench.experts.activation import Dropout
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.experts.grouped import cast_for_autocast
+from moebench.experts.weight_casts import cast_weight
 from moebench.routing.constants import build_constant_like
 from moebench.routing.values import LayerRecord, Routing
 
@@ -157,6 +158,11 @@ class Bank(nn.Module):
 def local_shard(parameter: Tensor) -> Tensor:
     """Return the part of a parameter that is on this process: all of it unless experts are sharded."""
     return parameter.to_local() if is_sharded(parameter) else parameter
+
+
+def read_weight(parameter: Tensor) -> Tensor:
+    """Return the part of a parameter that is on this process, as products read it: in the precision of autocast."""
+    return cast_weight(parameter, local_shard(parameter))
 
 
 def is_sharded(parameter: Tensor) -> "TypeGuard[DTensor]":

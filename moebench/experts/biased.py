@@ -13,7 +13,7 @@ from torch.nn import functional
 from typing_extensions import override
 
 from moebench.experts.activation import Dropout, activate
-from moebench.experts.bank import Bank, local_shard, merge_weights
+from moebench.experts.bank import Bank, local_shard, merge_weights, read_weight
 from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.grouped import grouped_matmul
 from moebench.routing.values import Routing
@@ -35,10 +35,10 @@ class BiasedExpertBank(ExpertBank):
 
     @override
     def _rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:
-        hidden_RF = grouped_matmul(x_RD, local_shard(self.w_in_EDF), load_E)
+        hidden_RF = grouped_matmul(x_RD, read_weight(self.w_in_EDF), load_E)
         hidden_RF = activate(add_expert_bias(hidden_RF, local_shard(self.b_in_EF), load_E), self.activation)
         hidden_RF = hidden_RF if dropout is None else dropout(hidden_RF)
-        y_RD = grouped_matmul(hidden_RF, local_shard(self.w_out_EFD), load_E)
+        y_RD = grouped_matmul(hidden_RF, read_weight(self.w_out_EFD), load_E)
         return add_expert_bias(y_RD, local_shard(self.b_out_ED), load_E)
 
     @override
@@ -57,10 +57,10 @@ class BiasedExpertBank(ExpertBank):
 
     @override
     def _compute_merged(self, x_GSD: Tensor, weight_GE: Tensor, dropout: Dropout | None = None) -> Tensor:
-        hidden_GSF = x_GSD @ merge_weights(weight_GE, self.w_in_EDF)
+        hidden_GSF = x_GSD @ merge_weights(weight_GE, read_weight(self.w_in_EDF))
         hidden_GSF = activate(_add_merged(hidden_GSF, weight_GE, self.b_in_EF), self.activation)
         hidden_GSF = hidden_GSF if dropout is None else dropout(hidden_GSF)
-        y_GSD = hidden_GSF @ merge_weights(weight_GE, self.w_out_EFD)
+        y_GSD = hidden_GSF @ merge_weights(weight_GE, read_weight(self.w_out_EFD))
         return _add_merged(y_GSD, weight_GE, self.b_out_ED)
 
     @override

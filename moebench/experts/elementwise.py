@@ -1,11 +1,11 @@
-"""What experts compute besides matrix products, one pass over memory each: by Triton's kernels or torch's operators."""
+"""What experts compute besides matrix products, one pass over memory each: by kernels of a GPU or torch's operators."""
 
 from typing import Protocol
 
 from torch import Tensor
 
 from moebench.experts.kernels import activation, rows
-from moebench.experts.kernels.backend import uses_triton
+from moebench.routing.kernels.backend import read_choice, uses_triton
 
 
 class ActivationKernels(Protocol):
@@ -16,6 +16,15 @@ class ActivationKernels(Protocol):
 
     def activate_backward(self, grad_RF: Tensor, hidden_RF: Tensor, *, gated: bool) -> Tensor:
         """Return the gradient of the hidden units."""
+
+
+class GPUActivationKernels(ActivationKernels, Protocol):
+    """The same for rows that have weights."""
+
+    def weighted_backward(
+        self, grad_RF: Tensor, hidden_RF: Tensor, weight_R: Tensor, *, gated: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Differentiate w_r act(h_r): return the gradient of h, w act(h) itself, and the gradient of w, fp32."""
 
 
 class RowKernels(Protocol):
@@ -33,11 +42,18 @@ class RowKernels(Protocol):
 
 def activation_kernels(tensor: Tensor) -> ActivationKernels:
     """Return the kernels for a tensor."""
-    if uses_triton(tensor):
-        from moebench.experts.kernels.gpu import activation as in_triton
+    return gpu_activation_kernels() if uses_triton(tensor) else activation
 
-        return in_triton
-    return activation
+
+def gpu_activation_kernels() -> GPUActivationKernels:
+    """Return the kernels for tensors that Triton's take."""
+    if read_choice() == "liger":
+        from moebench.experts.kernels.gpu import liger
+
+        return liger
+    from moebench.experts.kernels.gpu import activation as in_triton
+
+    return in_triton
 
 
 def row_kernels(tensor: Tensor) -> RowKernels:

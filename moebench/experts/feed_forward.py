@@ -9,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from moebench.experts.activation import GATED, Dropout, activate
-from moebench.experts.bank import Bank, init_experts, local_shard, merge_weights
-from moebench.experts.dispatch import DispatchPlan, cast_weights, dispatch
+from moebench.experts.bank import Bank, init_experts, merge_weights, read_weight
+from moebench.experts.dispatch import DispatchPlan, cast_row_weights, dispatch
 from moebench.experts.fused import compute_fused_mixture
 from moebench.experts.grouped import cast_for_autocast, grouped_matmul
 from moebench.experts.weighted_rows import WeightedExperts, sum_rows
@@ -71,8 +71,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x_TD: Tensor, dropout: Dropout | None = None) -> Tensor:
         """Return y_TD."""
-        hidden_TF = activate(_add_bias(x_TD @ self.w_in_DF, self.b_in_F), self.activation)
-        return _add_bias((hidden_TF if dropout is None else dropout(hidden_TF)) @ self.w_out_FD, self.b_out_D)
+        hidden_TF = activate(_add_bias(x_TD @ read_weight(self.w_in_DF), self.b_in_F), self.activation)
+        hidden_TF = hidden_TF if dropout is None else dropout(hidden_TF)
+        return _add_bias(hidden_TF @ read_weight(self.w_out_FD), self.b_out_D)
 
     def linear_maps(self) -> dict[str, LinearMap]:
         """Return where the projections are in the parameters."""
@@ -128,9 +129,9 @@ class ExpertBank(Bank):
         return self._rows(x_RD, load_E, dropout)
 
     def _rows(self, x_RD: Tensor, load_E: Tensor, dropout: Dropout | None = None) -> Tensor:
-        hidden_RF = activate(grouped_matmul(x_RD, local_shard(self.w_in_EDF), load_E), self.activation)
+        hidden_RF = activate(grouped_matmul(x_RD, read_weight(self.w_in_EDF), load_E), self.activation)
         hidden_RF = hidden_RF if dropout is None else dropout(hidden_RF)
-        return grouped_matmul(hidden_RF, local_shard(self.w_out_EFD), load_E)
+        return grouped_matmul(hidden_RF, read_weight(self.w_out_EFD), load_E)
 
     @override
     def mixture(
@@ -144,17 +145,17 @@ class ExpertBank(Bank):
             return self._mixture_elsewhere(x_TD, routing, while_in_flight)
         if dropout is not None or self.exchange is not None:  # the fused path has no dropout
             return super().mixture(x_TD, routing, dropout, while_in_flight)
-        weights = self.w_in_EDF, self.w_out_EFD
+        weights = read_weight(self.w_in_EDF), read_weight(self.w_out_EFD)
         return compute_fused_mixture(x_TD, routing, *weights, self.activation, recompute=self.recompute)
 
     def _mixture_elsewhere(self, x_TD: Tensor, routing: Routing, while_in_flight: Callable[[], None] | None) -> Tensor:
         """Return the mixture of experts that are sharded over processes."""
         assert self.exchange is not None
-        weights = local_shard(self.w_in_EDF), local_shard(self.w_out_EFD)
-        x_TD, w_in_EDF, w_out_EFD = cast_for_autocast(x_TD, *weights)
-        experts = WeightedExperts(w_in_EDF=w_in_EDF, w_out_EFD=w_out_EFD, activation=self.activation)
+        (x_TD,) = cast_for_autocast(x_TD)
+        weights = read_weight(self.w_in_EDF), read_weight(self.w_out_EFD)
+        experts = WeightedExperts(w_in_EDF=weights[0], w_out_EFD=weights[1], activation=self.activation)
         plan = DispatchPlan.of(routing)
-        rows = dispatch(x_TD, plan), plan.weight_R(cast_weights(routing.weight_N, x_TD))
+        rows = dispatch(x_TD, plan), plan.weight_R(cast_row_weights(routing.weight_N, x_TD))
         y_RD = self.exchange.compute_weighted(experts, rows, plan.groups.load_E, while_in_flight)
         return sum_rows(y_RD, plan)
 
@@ -172,9 +173,9 @@ class ExpertBank(Bank):
         return self._compute_merged(x_GSD, weight_GE, dropout)
 
     def _compute_merged(self, x_GSD: Tensor, weight_GE: Tensor, dropout: Dropout | None = None) -> Tensor:
-        hidden_GSF = activate(x_GSD @ merge_weights(weight_GE, self.w_in_EDF), self.activation)
+        hidden_GSF = activate(x_GSD @ merge_weights(weight_GE, read_weight(self.w_in_EDF)), self.activation)
         hidden_GSF = hidden_GSF if dropout is None else dropout(hidden_GSF)
-        return hidden_GSF @ merge_weights(weight_GE, self.w_out_EFD)
+        return hidden_GSF @ merge_weights(weight_GE, read_weight(self.w_out_EFD))
 
     @override
     def expert(self, x_RD: Tensor, index: int) -> Tensor:

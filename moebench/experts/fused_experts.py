@@ -14,10 +14,10 @@ from torch import Tensor
 
 from moebench.experts.activation import GATED
 from moebench.experts.dispatch import DispatchPlan
-from moebench.experts.elementwise import activation_kernels, row_kernels
+from moebench.experts.elementwise import activation_kernels, gpu_activation_kernels, row_kernels
 from moebench.experts.grouped import product, weight_gradient
 from moebench.experts.kernels import activation
-from moebench.experts.kernels.backend import uses_triton
+from moebench.routing.kernels.backend import uses_triton
 from moebench.routing.values import Routing
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -81,13 +81,11 @@ class FusedExperts:
         return grad_x_TD, self.plan.to_assignments(inner_R), grad_w_in_EDF, grad_w_out_EFD
 
     def _backward_in_triton(self, grad_TD: Tensor, arguments: tuple[Tensor, ...], hidden_RF: Tensor) -> Gradients:
-        from moebench.experts.kernels.gpu.activation import weighted_backward
-
         x_TD, weight_N, w_in_EDF, w_out_EFD = arguments
         groups, token_R, gather = self.plan.groups, self.plan.token_R, row_kernels(x_TD).gather
         grad_RD = gather(grad_TD, token_R)
         grad_active_RF = product(groups, grad_RD, w_out_EFD.transpose(1, 2))
-        grad_hidden_RF, weighted_RF, inner_R = weighted_backward(
+        grad_hidden_RF, weighted_RF, inner_R = gpu_activation_kernels().weighted_backward(
             grad_active_RF, hidden_RF, self.plan.weight_R(weight_N), gated=self.gated
         )
         grad_w_out_EFD = weight_gradient(groups, weighted_RF, grad_RD)

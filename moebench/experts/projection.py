@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 from typing_extensions import override
 
 from moebench.experts.activation import Dropout
-from moebench.experts.bank import Bank, init_experts, local_shard
+from moebench.experts.bank import Bank, init_experts, local_shard, read_weight
 from moebench.experts.biased import add_expert_bias, zero_biases
 from moebench.experts.grouped import grouped_matmul
 from moebench.routing.linear_map import INPUT_FIRST, LinearMap
@@ -126,7 +126,7 @@ class HeadBank(Bank):
 
 def _multiply(x_RI: Tensor, weight_EIO: Tensor, bias_EO: Tensor | None, load_E: Tensor) -> Tensor:
     """Return each row times the matrix of its expert, with its bias; rows sorted by expert, of this process's ones."""
-    y_RO = grouped_matmul(x_RI, local_shard(weight_EIO), load_E)
+    y_RO = grouped_matmul(x_RI, read_weight(weight_EIO), load_E)
     return y_RO if bias_EO is None else add_expert_bias(y_RO, local_shard(bias_EO), load_E)
 
 

@@ -14,11 +14,11 @@ from torch.autograd.function import once_differentiable
 
 from moebench.experts.activation import GATED
 from moebench.experts.dispatch import DispatchPlan
-from moebench.experts.elementwise import activation_kernels, row_kernels
+from moebench.experts.elementwise import activation_kernels, gpu_activation_kernels, row_kernels
 from moebench.experts.grouped import group_rows, product, weight_gradient
 from moebench.experts.kernels import activation
-from moebench.experts.kernels.backend import uses_triton
 from moebench.experts.kernels.groups import Groups
+from moebench.routing.kernels.backend import uses_triton
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,9 +60,7 @@ class _WeightedRows(torch.autograd.Function):
         groups, grad_RD = ctx.groups, grad_RD.contiguous()
         grad_active_RF = product(groups, grad_RD, w_out_EFD.transpose(1, 2))
         if uses_triton(hidden_RF):
-            from moebench.experts.kernels.gpu.activation import weighted_backward
-
-            grad_hidden_RF, weighted_RF, inner_R = weighted_backward(
+            grad_hidden_RF, weighted_RF, inner_R = gpu_activation_kernels().weighted_backward(
                 grad_active_RF, hidden_RF, weight_R, gated=ctx.gated
             )
             grad_w_out_EFD = weight_gradient(groups, weighted_RF, grad_RD)

@@ -7,6 +7,7 @@ from typing import Protocol, cast
 
 from torch import nn
 
+from moebench.experts.feed_forward import FeedForward
 from moebench.experts.layer import MoELayer
 from moebench.models.encoder_decoder import EncoderDecoder
 from moebench.models.tied_head import TiedHead
@@ -26,6 +27,9 @@ COPIES_OF_A_VALUE = 1.9
 itself, and its norm, activation or residual sum."""
 COPIES_IN_BF16_ON_CPU = 1.4
 """Copies under autocast on a CPU, with the weights in bf16."""
+RECOMPUTED_WEIGHT_COPIES = 0.5
+"""Copies in bf16 of each parameter of a network, kept from the forward pass until its block is computed again. Where
+blocks are not computed again, the numbers above include them: the backward pass reads them."""
 SAVED_COPIES = 3
 """Copies of each parameter in a checkpoint that is written while training continues: the value and two moments."""
 SHARE_IN_UPDATE = 0.5
@@ -48,6 +52,8 @@ class ModelSize:
     values_per_token: float
     """Inputs and outputs of all matrix products that one token takes part in, at an even load, as far as they are kept
     at a time."""
+    network_params: int = 0
+    """Parameters of dense networks, some of the replicated ones."""
     logits_of_heads: tuple[tuple[int, int | None], ...] = ()
     """Vocabulary of each head, and the logits above which they are computed in chunks; None: never."""
 
@@ -62,11 +68,14 @@ class ModelSize:
         """
         values = _ValueCount(model, backbone, length, _share_tokens(model, backbone, length, decoder_length))
         expert_params = sum(parameter.numel() for parameter in model.parameters() if id(parameter) in values.rows)
+        networks = (part for part in model.modules() if isinstance(part, FeedForward))
+        dense = {id(parameter): parameter.numel() for network in networks for parameter in network.parameters()}
         heads = [module for module in model.modules() if isinstance(module, TokenHead | TiedHead)]
         return cls(
             replicated_params=sum(parameter.numel() for parameter in model.parameters()) - expert_params,
             expert_params=expert_params,
             values_per_token=values.count_kept(),
+            network_params=sum(size for key, size in dense.items() if key not in values.rows),
             logits_of_heads=tuple((values.count_outputs(head), head.max_logits) for head in heads),
         )
 
@@ -84,6 +93,7 @@ class ModelSize:
         num_copies = PARAMETER_COPIES if step.keeps_gradients else PARAMETER_COPIES - 1
         trained = step.trained_share * params
         forward = params + (num_copies - 1) * trained + step.copies * values
+        forward += step.weight_copies * (self.network_params + self.expert_params / step.shards)
         temporaries = PARAMETER_COPIES * min(trained, step.batched_update)
         update = params + (COPIES_IN_ADAMW - 1) * trained
         if step.batched_update:
@@ -156,6 +166,8 @@ class StepMemory:
     """Share of the parameters that have gradients and moments."""
     batched_update: int = 0
     """Elements of the matrices that Muon updates at a time, 0 for AdamW."""
+    weight_copies: float = 0.0
+    """Copies of each parameter of a network in the precision of matrix products, besides those in `copies`."""
     saved_copies: int = 0
     """Copies of each parameter that wait in memory until they are in a checkpoint."""
 

@@ -12,6 +12,7 @@ import torch
 
 import moebench
 from moebench.cores import available_cores
+from moebench.routing.kernels.backend import read_choice
 
 PACKAGES = ("torch", "lightning", "numpy", "datasets", "tokenizers", "mlflow", "scipy")
 
@@ -29,6 +30,7 @@ def collect_environment(threads: int) -> dict[str, Any]:
         "cores": available_cores(),
         "threads": threads,
         "device": torch.cuda.get_device_name(0) if torch.cuda.is_available() else "cpu",
+        "kernels": read_choice(),
         "git_commit": commit,
         "git_dirty": bool(_git("status", "--porcelain")) if commit else None,
         "packages": {name: find_version(name) for name in PACKAGES},

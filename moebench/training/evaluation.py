@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moebench.experts.weight_casts import share_casts
 from moebench.models.transformer import BatchContext
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
 from moebench.routing.layer_name import LayerName
@@ -94,7 +95,7 @@ def evaluation_mode(model: Model) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), share_casts():
             yield
     finally:
         model.train(was_training)

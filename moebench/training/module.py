@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from moebench.experts.layer import MoELayer, update_routers
+from moebench.experts.weight_casts import WeightCasts, share_casts
 from moebench.models.transformer import BatchContext
 from moebench.parallel.gradients import clip_grad_norm
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
@@ -108,6 +109,7 @@ class CellModule(lightning.LightningModule):
         self.new_spikes: list[Spike] = []
         """Not in the journal yet."""
         self.router_states = RouterStates(self.layers)
+        self.weight_casts = WeightCasts()
         self.has_telemetry = True
         """Whether layers are watched and their values recorded; only the step benchmark leaves it out."""
         self.load_window, self.collapse_alarm = LoadWindow(self.layers), CollapseAlarm(self.layers)
@@ -131,8 +133,14 @@ class CellModule(lightning.LightningModule):
     def run_passes(self, batch: Batch, ctx: BatchContext) -> tuple[list[ModelOutput], list[list[LayerRecord]]]:
         """Return the outputs and records of each forward pass over a batch; passes differ in what routers draw."""
         contexts = [replace(ctx, repeat=repeat) for repeat in range(count_passes(self.model.features))]
-        outputs, records = zip(*(self.model(batch, each) for each in contexts), strict=True)
+        with share_casts(self.weight_casts):
+            outputs, records = zip(*(self.model(batch, each) for each in contexts), strict=True)
         return list(outputs), list(records)
+
+    @override
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        with share_casts(self.weight_casts):  # blocks that are computed again read weights
+            super().backward(loss, *args, **kwargs)
 
     def compute_loss(
         self,
@@ -179,6 +187,7 @@ class CellModule(lightning.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
     ) -> None:
+        self.weight_casts.clear()  # their memory is for the update
         losses = torch.stack([torch.stack([part.total, part.task]) for part in self.objectives]).double().mean(0)
         stop_request = torch.full((1,), float(self.should_stop()), dtype=losses.dtype, device=losses.device)
         sums = self.mesh.world.sum(torch.cat([losses / self.mesh.size, stop_request]))
@@ -266,7 +275,8 @@ class CellModule(lightning.LightningModule):
     def evaluate(self, split: str) -> Evaluation:
         """Evaluate the model on a split of the task's fixed evaluation set, in the precision of training."""
         batches = self.task.eval_batches(split, self.config.train.batch_size)
-        with training_precision(self.config.train, self.device), self.first_passes.watch("evaluation"):
+        precision = training_precision(self.config.train, self.device)
+        with precision, share_casts(self.weight_casts), self.first_passes.watch("evaluation"):
             evaluation = evaluate(self.model, self.task, batches, self.config.seed, self.device, self.mesh)
         if evaluation.is_finite:
             return evaluation
@@ -285,6 +295,7 @@ class CellModule(lightning.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = build_optimizer(self.config, self.model, self.task, self.mesh)
         restore_after_updates(optimizer, self.frozen_experts)
+        optimizer.register_step_post_hook(lambda *_: self.weight_casts.clear())
         self.checks_later = can_defer_checks(self.config, self.mesh, optimizer)
         schedule = build_schedule(self.config, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -147,7 +147,7 @@ class PlainLoop:
             loss, records = self._loss(batch, step, watch)
         with watch.time_part("backward"):
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            module.backward(loss)
         with watch.time_part("optimizer, clip"):
             if module.checks_later:  # the same kernels as the trainer's, so that both end at the same weights
                 clip_in_update(optimizer, module.parameters(), config.train.clip_norm, loss)

@@ -15,11 +15,11 @@ from typing_extensions import override
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.group_limit import check_kept_groups, mask_to_best_groups
+from moebench.routing.group_limit import check_kept_groups, limit_to_groups
 from moebench.routing.losses import recount_by_scores, sequence_balance
-from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
 from moebench.routing.reduction import LossValue
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
+from moebench.routing.token_choice import TopKRule, choose_top_k
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -98,13 +98,15 @@ class LossFree(Router["LossFree.Config"]):
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         options = self.options
         logits_TE = self.gate(x_TD)
-        scores_TE = logits_TE.sigmoid() if options.score == "sigmoid" else logits_TE.softmax(-1)
-        selection_TE = scores_TE.detach() + self.bias_E.float()
-        selection_TE = mask_to_best_groups(selection_TE, options.num_groups, options.kept_groups, best_of=2)
-        expert_TK = rank_top_k(selection_TE, options.top_k, quantum=SCORE_QUANTUM)
-        weight_TK = scores_TE.gather(-1, expert_TK)  # the bias is for selection only
-        if options.renormalise:
-            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=1e-20)
+        rule = TopKRule(
+            top_k=options.top_k,
+            score=options.score,
+            ranks_scores=True,
+            weights="shares" if options.renormalise else "scores",
+        )
+        restrict = limit_to_groups(options.num_groups, options.kept_groups, best_of=2)
+        bias_E = self.bias_E.float()  # for selection only
+        expert_TK, weight_TK, scores_TE = choose_top_k(logits_TE, rule, bias_E=bias_E, restrict=restrict)
         return Routing.from_top_k(
             expert_TK,
             options.scale * weight_TK,

@@ -14,8 +14,8 @@ from typing_extensions import override
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
+from moebench.routing.token_choice import TopKRule, choose_top_k
 from moebench.routing.values import Routing
 
 
@@ -89,9 +89,7 @@ class MLPTopK(Router["MLPTopK.Config"]):
             kept_TH = ctx.uniform(*hidden_TH.shape) >= self.options.dropout
             hidden_TH = hidden_TH * kept_TH / (1 - self.options.dropout)
         logits_TE = self.gate(hidden_TH)
-        scores_TE = logits_TE.softmax(-1)
-        expert_TK = rank_top_k(logits_TE, self.top_k)
-        weight_TK = scores_TE.gather(-1, expert_TK)
+        expert_TK, weight_TK, scores_TE = choose_top_k(logits_TE, TopKRule(top_k=self.top_k))
         return Routing.from_top_k(
             expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
         )

@@ -12,9 +12,9 @@ from moebench.routing.features.feature import Feature
 from moebench.routing.features.networkless_experts import NetworklessExperts
 from moebench.routing.features.previous_logits import PreviousLogits
 from moebench.routing.gate import Gate
-from moebench.routing.ranking import rank_top_k
 from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
+from moebench.routing.token_choice import TopKRule, choose_top_k
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -86,9 +86,7 @@ class MoEPlusPlus(Router["MoEPlusPlus.Config"]):
             below_TE = ctx.features.get(PreviousLogits)
             fits = below_TE is not None and below_TE.shape == logits_TE.shape
             logits_TE = logits_TE + self.residual(below_TE if fits else logits_TE.new_zeros(logits_TE.shape))
-        scores_TE = logits_TE.softmax(-1)
-        expert_TK = rank_top_k(logits_TE, self.top_k)
-        weight_TK = scores_TE.gather(-1, expert_TK)
+        expert_TK, weight_TK, scores_TE = choose_top_k(logits_TE, TopKRule(top_k=self.top_k))
         return Routing.from_top_k(
             expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
         )

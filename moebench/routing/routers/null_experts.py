@@ -14,10 +14,10 @@ from moebench.errors import require
 from moebench.routing.budget import Knob
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.ranking import rank_top_k
 from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.selection import select
+from moebench.routing.token_choice import TopKRule, choose_top_k
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -81,9 +81,7 @@ class NullExperts(Router["NullExperts.Config"]):
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         is_null_N = torch.arange(self.gate.weight_ED.shape[0], device=x_TD.device) >= self.num_experts
         logits_TN = self.gate(x_TD) + self.null_shift * is_null_N
-        choice_TN = logits_TN.softmax(-1)
-        expert_TK = rank_top_k(logits_TN, self.top_k)
-        weight_TK = choice_TN.gather(-1, expert_TK)
+        expert_TK, weight_TK, choice_TN = choose_top_k(logits_TN, TopKRule(top_k=self.top_k))
         is_real_TK = expert_TK < self.num_experts
         weight_TK = weight_TK * is_real_TK
         weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=1e-20)

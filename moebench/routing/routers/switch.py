@@ -14,8 +14,8 @@ from typing_extensions import override
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate, jitter, uniform_to_gumbel
-from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig
+from moebench.routing.token_choice import TopKRule, choose_top_k
 from moebench.routing.values import Routing
 
 
@@ -77,14 +77,13 @@ class Switch(Router["Switch.Config"]):
             kept_TD = ctx.uniform(*x_TD.shape) >= self.options.dropout
             x_TD = x_TD * kept_TD / (1 - self.options.dropout)
         logits_TE = self.gate(x_TD)
-        scores_TE = logits_TE.softmax(-1)
-        ranked_TE = logits_TE.detach()
+        noisy_TE = None
         if exploration == "sample":
-            ranked_TE = ranked_TE + uniform_to_gumbel(ctx.uniform(*logits_TE.shape))
-        expert_TK = rank_top_k(ranked_TE, 1)
+            noisy_TE = logits_TE.detach() + uniform_to_gumbel(ctx.uniform(*logits_TE.shape))
+        expert_TK, weight_TK, scores_TE = choose_top_k(logits_TE, TopKRule(top_k=1), ranked_TE=noisy_TE)
         return Routing.from_top_k(
             expert_TK,
-            scores_TE.gather(-1, expert_TK),
+            weight_TK,
             num_experts=self.num_experts,
             logits_TE=logits_TE,
             scores_TE=scores_TE,

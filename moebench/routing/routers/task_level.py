@@ -15,8 +15,8 @@ from moebench.routing.context import RouteContext
 from moebench.routing.domains import append_mean, check_domains, get_domain_index
 from moebench.routing.gate import Gate
 from moebench.routing.linear_map import TABLE, LinearMap
-from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
+from moebench.routing.token_choice import TopKRule, choose_top_k
 from moebench.routing.values import Routing
 
 
@@ -80,12 +80,11 @@ class TaskLevel(Router["TaskLevel.Config"]):
         return self._route_logits(self.gate(append_mean(self.embedding_GD)[row_T]))
 
     def _route_logits(self, logits_TE: Tensor) -> Routing:
-        scores_TE = logits_TE.softmax(-1)
-        expert_TK = rank_top_k(logits_TE, self.top_k)
-        weight_TK = scores_TE.gather(-1, expert_TK)
+        rule = TopKRule(top_k=self.top_k, weights="shares")
+        expert_TK, weight_TK, scores_TE = choose_top_k(logits_TE, rule)
         return Routing.from_top_k(
             expert_TK,
-            weight_TK / weight_TK.sum(-1, keepdim=True),
+            weight_TK,
             num_experts=self.num_experts,
             logits_TE=logits_TE,
             scores_TE=scores_TE,

@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
+from moebench.routing.token_choice import TopKRule, choose_top_k
 from moebench.routing.values import Routing
 
 
@@ -77,14 +77,10 @@ class TopK(Router["TopK.Config"]):
     @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         logits_TE = self.gate(x_TD)
-        scores_TE = logits_TE.softmax(-1)
-        expert_TK = rank_top_k(logits_TE, self.top_k)
+        weights: Literal["scores", "shares", "softmax"] = "shares" if self.renormalise else "scores"
         if self.softmax == "after":
-            weight_TK = logits_TE.gather(-1, expert_TK).softmax(-1)
-        else:
-            weight_TK = scores_TE.gather(-1, expert_TK)
-            if self.renormalise:
-                weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True)
+            weights = "softmax"
+        expert_TK, weight_TK, scores_TE = choose_top_k(logits_TE, TopKRule(top_k=self.top_k, weights=weights))
         return Routing.from_top_k(
             expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
         )

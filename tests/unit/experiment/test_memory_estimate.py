@@ -15,7 +15,7 @@ from moebench.experiment.grid import Experiment, expand
 from moebench.experiment.memory import count_fitting_cells, estimate_memory, require_memory
 from moebench.experiment.model_costs import ModelCosts
 from moebench.experts.layer import MoELayer
-from moebench.models.memory import COPIES_OF_A_VALUE, ModelSize, StepMemory
+from moebench.models.memory import COPIES_IN_BF16_ON_CPU, COPIES_OF_A_VALUE, ModelSize, StepMemory
 from moebench.models.storageless import build_without_storage
 from moebench.tasks.deferred_logits import CHUNK_LOGITS
 from moebench.training.model import build_model
@@ -47,6 +47,23 @@ def test_a_dense_model_by_hand() -> None:
     # Without activations the update decides: AdamW's, and Muon's on 20 of the elements at a time.
     assert size.training_bytes(0, StepMemory()) == math.ceil(4 * 4.6 * 35)
     assert size.training_bytes(0, StepMemory(batched_update=20)) == 4 * (4 * 35 + 4 * 20)
+
+
+def test_bf16_copies_of_networks_by_hand(tmp_path: Path) -> None:
+    # 8 of 12 parameters are experts', on two processes, and 2 those of a dense network: half a copy in fp32 each.
+    size = ModelSize(replicated_params=4, expert_params=8, values_per_token=100, network_params=2)
+    step = StepMemory(shards=2, copies=1.0, weight_copies=0.5)
+    assert size.training_bytes(1, step) == 4 * (3 * (4 + 4) + 100) + 2 * (2 + 4)
+    # Two layers: four experts of 2 x 8 x 8 in each, or a network of 2 x 8 x 16.
+    text, costs = write_text_file(tmp_path), ModelCosts(tmp_path)
+    sizes = [costs.facts(tiny_config(text, router=router)).size for router in ("top_k", "dense")]
+    assert [(size.expert_params, size.network_params) for size in sizes] == [(2 * 4 * 128, 0), (0, 2 * 256)]
+    # Where the backward pass does not read them as they are, they are besides the other values.
+    for recompute, weight_copies in (("blocks", 0.5), ("none", 0.0)):
+        config = tiny_config(text, train={"precision": "bf16", "recompute": recompute, "batch_size": 1024})
+        step = StepMemory(copies=COPIES_IN_BF16_ON_CPU, weight_copies=weight_copies)
+        expected = costs.facts(config).size.training_bytes(costs.tokens_per_process(config), step)
+        assert costs.training_bytes(config) == expected
 
 
 def test_each_half_of_an_encoder_decoder_sees_its_own_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,10 +18,10 @@ from moebench.experts.activation import activate
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.kernels import activation as activation_operators
-from moebench.experts.kernels import backend
 from moebench.experts.kernels import rows as row_operators
 from moebench.experts.reference import double_loop
 from moebench.experts.weighted_rows import WeightedExperts
+from moebench.routing.kernels import backend
 from moebench.routing.values import Routing
 
 pytest.importorskip("triton")
@@ -221,7 +221,7 @@ def test_weighted_rows_are_those_of_torch(
     w_out_EFD = (0.3 * draw(3, width, 13, dtype=dtype)).requires_grad_()
     experts = WeightedExperts(w_in_EDF=w_in_EDF, w_out_EFD=w_out_EFD, activation=activation)
     results = []
-    for switch in ("interpret", "0"):
+    for switch in ("interpret", "torch"):
         monkeypatch.setenv(backend.SWITCH, switch)
         y_RD = experts(x_RD, weight_R, torch.tensor(load))
         leaves = [x_RD, weight_R, w_in_EDF, w_out_EFD]
