@@ -212,10 +212,9 @@ class CellModule(lightning.LightningModule):
         return [] if load_X is None else [load_X.double()]
 
     def check_steps(self, *, keep: int = 0) -> None:
-        """Check the steps whose values are pending, all but the latest `keep`.
+        """Check the steps whose values are pending, all but the latest `keep`; act as `train.spike_policy` says.
 
-        Raises NonFiniteError; where checks come later than the update, the device has left it out. Raises what
-        `train.spike_policy` says.
+        Raises NonFiniteError; if the check comes after the update, the device has left the update out.
         """
         for values in self.pending_values.take(keep=keep):
             self.last_loss, self.last_grad_norm = values.task_loss, values.grad_norm
