@@ -37,7 +37,7 @@ class Prototypes(Layout):
 
         name: str = "prototypes"
         groups: int = 2
-        """Number of groups that num_experts is divided into, which is the number of experts per token (k in the paper)."""
+        """Number of groups that num_experts is divided into, and of experts per token (k in the paper)."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
