@@ -40,7 +40,7 @@ from moebench.training.trainable import freeze_parameters, restore_after_updates
 from moebench.training.z_loss import add_z_loss
 
 
-def can_check_later(config: CellConfig, mesh: Mesh, optimizer: torch.optim.Optimizer) -> bool:
+def can_defer_checks(config: CellConfig, mesh: Mesh, optimizer: torch.optim.Optimizer) -> bool:
     """Return whether a device would wait for the host, which need not know a step's loss before its update."""
     return mesh.device.type == "cuda" and config.train.spike_policy == "record" and can_clip_in_update(optimizer)
 
@@ -235,7 +235,7 @@ class CellModule(lightning.LightningModule):
             )
 
     def _apply_spike_policy(self, step: int) -> None:
-        """Compare the step with those before it, and do what the policy says; all processes decide alike."""
+        """Compare the step with those before it, and do what the policy says; all processes decide the same."""
         policy = self.spike_guard.policy
         spike = self.spike_guard.check(
             step + 1, self.last_loss, self.last_grad_norm, lambda: self.source.name_batch(step)
@@ -296,6 +296,6 @@ class CellModule(lightning.LightningModule):
         optimizer = build_optimizer(self.config, self.model, self.task, self.mesh)
         restore_after_updates(optimizer, self.frozen_experts)
         optimizer.register_step_post_hook(lambda *_: self.weight_casts.clear())
-        self.checks_later = can_check_later(self.config, self.mesh, optimizer)
+        self.checks_later = can_defer_checks(self.config, self.mesh, optimizer)
         schedule = build_schedule(self.config, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
