@@ -30,14 +30,14 @@ def task(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Task:
     return prepare_task(tiny_config(text), tmp_path_factory.mktemp("cache"))
 
 
-@pytest.mark.parametrize(
-    "layout", [{}, {"name": "hierarchical", "num_experts": 4, "groups": 2}], ids=["plain", "groups"]
-)
+@pytest.mark.parametrize("layout", [{}, {"name": "hierarchical", "groups": 2}], ids=["plain", "groups"])
 @pytest.mark.parametrize("router", ROUTERS.names())
 def test_routers(text: Path, task: Task, monkeypatch: pytest.MonkeyPatch, router: str, layout: dict[str, Any]) -> None:
     monkeypatch.setattr(Entry, "is_plugin", property(lambda _: True))
     monkeypatch.setattr(f"{build_router.__module__}.is_plugin", lambda _: True)
-    config = tiny_config(text, router=router, layout=layout, allow_noncausal=True)
+    sizes = {"num_experts": 16, "match": "none", "expert_width": None}
+    train = {"batch_size": 8}
+    config = tiny_config(text, router=router, layout=sizes | layout, train=train, allow_noncausal=True)
     try:
         check_cell(config)
         module = CellModule(config, build_initialised_model(config, task), task)
@@ -45,7 +45,7 @@ def test_routers(text: Path, task: Task, monkeypatch: pytest.MonkeyPatch, router
         raise
     except UsageError as error:
         pytest.skip(str(error))
-    batch = task.train_batch(4, 0, 0)
+    batch = task.train_batch(8, 0, 0)
     with module.first_passes.watch("training"):
         module.compute_loss(batch, *module.run_passes(batch, batch_context(batch, training=True, seed=0)))
     module.evaluate("validation")
