@@ -6,7 +6,7 @@ import os
 import sys
 
 from moebench import interrupts
-from moebench.process_setup import end_process, prepare_process, silent_exit_refused
+from moebench.process_setup import end_process, prepare_process, refuse_silent_exit
 
 FILE_ERRORS = (
     errno.EACCES,
@@ -33,7 +33,7 @@ def main() -> None:
     prepare_process()
     interrupts.record_interrupts()
     try:
-        with silent_exit_refused():
+        with refuse_silent_exit():
             code = _run()
         codes.append(130 if interrupts.received and code == 0 else code)
     except KeyboardInterrupt:
@@ -46,30 +46,36 @@ def _run() -> int:
 
     from moebench.cli import app
     from moebench.cli.encoding import use_replacements
-    from moebench.errors import UsageError
 
     use_replacements()
     try:
         return int(app(prog_name="moebench", standalone_mode=False) or 0)
-    except UsageError as error:
-        _print_error(str(error))
-        return 2
-    except OSError as error:
-        # A file that cannot be read or written, where no command says more about it.
-        if error.errno not in FILE_ERRORS:
-            raise
-        _print_error(f"{error.filename or 'output'}: {error.strerror}")
-        return 2
     except typer.Abort as error:
         if isinstance(error.__cause__, EOFError):  # typer takes the end of any pipe or file for Ctrl-D
             raise error.__cause__ from None
         return 130
     except Exception as error:
-        # An unknown command or option, a missing argument: the command-line library exports no class for them.
-        if not hasattr(error, "format_message"):
+        mistake = _describe_mistake(error)
+        if not mistake:
             raise
-        _print_error(f"{' '.join(error.format_message().split())} (moebench --help)")
+        _print_error(mistake)
         return 2
+
+
+def _describe_mistake(error: Exception) -> str:
+    """Return a user's mistake in one line; empty: the error is one of this program."""
+    from moebench.errors import UsageError
+    from moebench.plugin_errors import describe_plugin_error
+
+    if isinstance(error, UsageError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in FILE_ERRORS:
+        # A file that cannot be read or written, where no command says more about it.
+        return f"{error.filename or 'output'}: {error.strerror}"
+    # An unknown command or option, a missing argument: the command-line library exports no class for them.
+    if hasattr(error, "format_message"):
+        return f"{' '.join(error.format_message().split())} (moebench --help)"
+    return describe_plugin_error(error)
 
 
 def _print_error(text: str) -> None:

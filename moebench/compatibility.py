@@ -14,15 +14,16 @@ from dataclasses import dataclass
 import torch
 
 from moebench.causality import find_leak, must_be_causal
-from moebench.errors import UsageError, unknown
+from moebench.errors import UsageError, build_unknown_error
 from moebench.experts.assembly import RouterPlan
 from moebench.experts.capacity import Capacity
-from moebench.experts.kernels.backend import require_kernels
-from moebench.experts.layout import LAYOUTS, BlockPlan, Experts
+from moebench.experts.contract import plan_layout
+from moebench.experts.layout import BlockPlan, Experts
 from moebench.experts.mixed import WITHOUT_NETWORK
 from moebench.registry import Entry
 from moebench.routing.contract import check_router_class
 from moebench.routing.features.feature import sequence_group_size
+from moebench.routing.kernels.backend import require_kernels
 from moebench.routing.losses import LOSSES
 from moebench.routing.router import ROUTERS, Facts, Router, required_features
 from moebench.schema import CellConfig
@@ -43,7 +44,7 @@ class Combination:
     @classmethod
     def of(cls, config: CellConfig) -> "Combination":
         """Plan the blocks of a configuration; raise UsageError where the layout refuses its own options."""
-        blocks = LAYOUTS.get(config.layout.name).item.plan(config.layout, config.model.num_layers)
+        blocks = plan_layout(config.layout, config.model.num_layers)
         router = ROUTERS.get(config.router.name, where="router.name")
         check_router_class(router.item, config.router, config.layout.num_experts)
         return cls(
@@ -158,13 +159,16 @@ def refuse_router_options(c: Combination) -> Iterator[str]:
 def refuse_losses(c: Combination) -> Iterator[str]:
     """Require auxiliary losses that exist, with coefficients of at least 0."""
     known = {*LOSSES.names(), *c.router.facts.own_losses}
+    defaults = c.router.item.Config().losses  # type: ignore[call-arg]  # every router's own has a name
     for loss, coefficient in c.config.router.losses.items():
+        is_default = defaults.get(loss) == coefficient
+        where = f"{c.router.label}: Config.losses" if is_default else "router.losses"  # where the mistake is
         if loss not in known:
-            yield str(unknown("router.losses", loss, known))
+            yield str(build_unknown_error(where, loss, known))
         if not coefficient >= 0:
-            yield f"router.losses.{loss} must be at least 0, got {coefficient}"
+            yield f"{where}.{loss} must be at least 0, got {coefficient}"
         elif math.isinf(coefficient):
-            yield f"router.losses.{loss} must be finite, got {coefficient}"
+            yield f"{where}.{loss} must be finite, got {coefficient}"
 
 
 def refuse_missing_gpu(c: Combination) -> Iterator[str]:

@@ -220,7 +220,7 @@ COMPARISON: tuple[Declaration, ...] = (
         "",
         "number",
         "lower",
-        "The smallest true difference that 4 of 5 repeats would show, the differences of all arms taken to vary alike.",
+        "The smallest true difference that 4 of 5 repeats would show, if the differences of all arms vary equally.",
     ),
     ("share_of_baseline", "of baseline", "share", "whole percent", "higher", "Speed over that of the baseline."),
     ("relative_flops", "of plan", "share", "percent", "neither", "Forward FLOPs over those of the arm as planned."),

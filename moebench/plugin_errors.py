@@ -1,8 +1,9 @@
 """Errors in plug-in files: one line that says where in the file, instead of a traceback."""
 
 import contextlib
+import errno
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from moebench.errors import UsageError
 
@@ -10,20 +11,45 @@ PLUGIN_MODULE = "moebench_plugin_"
 """How the names of modules begin that were loaded from plug-in files."""
 
 
+KEPT = "_moebench_keeps_traceback"
+"""Attribute of exceptions whose traceback the user has asked for."""
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+class ContractError(UsageError):
+    """A component does something else than its contract or its own file says; the message names the file."""
+
+
+def is_plugin(item: object) -> bool:
+    """Return whether a class or a function is no part of moebench."""
+    return not getattr(item, "__module__", "").startswith("moebench.")
+
+
 def find_plugin_line(error: BaseException) -> tuple[str, int] | None:
     """Return the file and the line of the innermost plug-in frame that an exception passed; None: there is none."""
-    place = None
+    location = None
     for frame, line in traceback.walk_tb(error.__traceback__):
         if PLUGIN_MODULE in frame.f_globals.get("__name__", ""):
-            place = frame.f_code.co_filename, line
-    return place
+            location = frame.f_code.co_filename, line
+    return location
 
 
 def describe_error(error: BaseException) -> str:
     """Return an exception in one line, with the line of the plugin file that it comes from."""
-    place = find_plugin_line(error)
-    line = error.lineno if isinstance(error, SyntaxError) else place and place[1]
+    location = find_plugin_line(error)
+    line = error.lineno if isinstance(error, SyntaxError) else location and location[1]
     return f"{type(error).__name__}: {' '.join(str(error).split())}" + (f" (line {line})" if line else "")
+
+
+def describe_plugin_error(error: BaseException) -> str:
+    """Return an exception that comes from a plug-in in one line that begins with file and line; empty: it does not."""
+    location = None if hasattr(error, KEPT) else find_plugin_line(error)
+    return f"{location[0]}:{location[1]}: {type(error).__name__}: {' '.join(str(error).split())}" if location else ""
+
+
+def keep_traceback(error: BaseException) -> None:
+    """Mark an exception to be shown with its traceback, for a debugger."""
+    vars(error)[KEPT] = True
 
 
 @contextlib.contextmanager
@@ -34,7 +60,20 @@ def plugin_errors_in_one_line() -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:
-        place = find_plugin_line(error)
-        if place is None:
+        text = describe_plugin_error(error)
+        if not text:
             raise
-        raise UsageError(f"{place[0]}:{place[1]}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise UsageError(text) from error
+
+
+@contextlib.contextmanager
+def contract_errors(label: Callable[[], str]) -> Iterator[None]:
+    """Raise ContractError, which begins with `label`, in place of any other exception that is not a lack of memory."""
+    try:
+        yield
+    except (UsageError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FULL_DISK:
+            raise
+        raise ContractError(f"{label()}: {describe_error(error)}") from error

@@ -5,7 +5,6 @@ the tables and the contract tests; nothing else has to be edited.
 """
 
 import ast
-import dataclasses
 import hashlib
 import importlib
 import importlib.util
@@ -15,14 +14,16 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from moebench.errors import UsageError, unknown
+from moebench.component_rules import find_class_problem, find_facts_problem, find_function_problem
+from moebench.errors import UsageError, build_unknown_error
 from moebench.plugin_errors import PLUGIN_MODULE, describe_error
 from moebench.plugin_sources import digest_sources
+from moebench.registry_entry import Entry as Entry
+from moebench.registry_entry import find_origin
 
 T = TypeVar("T")
 F = TypeVar("F")
@@ -39,35 +40,26 @@ FOLDERS = {"router": "routing/routers", "layout": "experts/layouts", "task": "ta
 """Folders of the built-in files of each kind."""
 
 
-@dataclass(frozen=True)
-class Entry(Generic[T, F]):
-    """One registered component: its name, the object and its facts."""
-
-    name: str
-    item: T
-    facts: F
-
-    @cached_property
-    def origin(self) -> str:
-        """`file:line` of the definition; found by parsing the file, which takes most of the time of an import."""
-        return _origin(self.item)
-
-    @property
-    def doc(self) -> str:
-        """The docstring of the component."""
-        return inspect.getdoc(self.item) or ""
-
-
 class Registry(Generic[T, F]):
     """A table of components of one kind, filled on first use by importing every file of `package` (if it has one)."""
 
     def __init__(
-        self, kind: str, package: str | None, *, item_type: type | None = None, facts_type: type | None = None
+        self,
+        kind: str,
+        package: str | None,
+        *,
+        item_type: type | None = None,
+        config_type: type = object,
+        facts_type: type | None = None,
     ) -> None:
-        """`item_type`, `facts_type`: what components derive from and are registered with; None: not checked."""
+        """`item_type`, `config_type`: what components and their Config derive from; None: they are functions.
+
+        `facts_type`: what they are registered with; None: they and functions are not checked.
+        """
         self.kind = kind
         self.package = package
         self.item_type = item_type
+        self.config_type = config_type
         self.facts_type = facts_type
         self._entries: dict[str, Entry[T, F]] = {}
         self._loaded = False
@@ -77,17 +69,20 @@ class Registry(Generic[T, F]):
 
         Raises UsageError, which names the file, for a component that breaks a rule of registration.
         """
-        if self.facts_type is not None and not isinstance(facts, self.facts_type):
-            caller, got = sys._getframe(1), getattr(facts, "__name__", facts)
-            rule = f"a {self.kind} is registered with @...register({self.facts_type.__name__}(...)), got {got}"
-            raise UsageError(f"{caller.f_code.co_filename}:{caller.f_lineno}: {rule}")
+        if self.facts_type is not None:
+            got, rule = getattr(facts, "__name__", facts), ""
+            if not isinstance(facts, self.facts_type):
+                rule = f"a {self.kind} is registered with @...register({self.facts_type.__name__}(...)), got {got}"
+            if rule := rule or find_facts_problem(facts, self.facts_type):
+                caller = sys._getframe(1)
+                raise UsageError(f"{caller.f_code.co_filename}:{caller.f_lineno}: {rule}")
 
         def enter(item: T) -> T:
             given = name or getattr(getattr(item, "Config", None), "name", "")
             key = given if isinstance(given, str) else ""
             if problem := self._find_problem(item, key):
-                raise UsageError(f"{_origin(item)}: {problem}")
-            self._entries[key] = Entry(key, item, facts)
+                raise UsageError(f"{find_origin(item)}: {problem}")
+            self._entries[key] = Entry(self.kind, key, item, facts)
             return item
 
         return enter
@@ -96,7 +91,7 @@ class Registry(Generic[T, F]):
         """Return the entry called `name`; `where` is the configuration key to name in the error."""
         self._load()
         if name not in self._entries:
-            raise unknown(where or self.kind, name, self._entries)
+            raise build_unknown_error(where or self.kind, name, self._entries)
         return self._entries[name]
 
     def entries(self) -> list[Entry[T, F]]:
@@ -109,10 +104,16 @@ class Registry(Generic[T, F]):
         return [entry.name for entry in self.entries()]
 
     def _find_problem(self, item: T, key: str) -> str:
-        if self.item_type is not None and (problem := _find_class_problem(item, self.item_type)):
+        if self.item_type is None:
+            problem = find_function_problem(item) if self.facts_type is not None else ""
+            remedy = "register it with name='...'"
+        else:
+            problem = find_class_problem(item, self.item_type, self.config_type)
+            remedy = "give its Config a field name: str = '...'"
+        if problem:
             return f"this {self.kind}{problem}"
         if not key:
-            return f"this {self.kind} has no name; give its Config a field name: str = '...'"
+            return f"this {self.kind} has no name; {remedy}"
         if key in self._entries and not _is_same_definition(item, self._entries[key].item):
             return f"{self.kind} '{key}' is already defined in {self._entries[key].origin}"
         return ""
@@ -138,19 +139,6 @@ def _is_same_definition(item: object, earlier: object) -> bool:
     """Whether a component defined in a session or notebook is executed again: the later definition replaces it."""
     names = [(getattr(one, "__module__", ""), getattr(one, "__qualname__", "")) for one in (item, earlier)]
     return names[0] == names[1] and names[0][0] == "__main__"
-
-
-def _find_class_problem(item: object, item_type: type) -> str:
-    """Return why an object is no component, to follow its name; empty: it derives from `item_type`, with defaults."""
-    if not (isinstance(item, type) and issubclass(item, item_type)):
-        return f" must be a class that derives from {item_type.__name__}"
-    config = getattr(item, "Config", None)
-    if config is not None and not (isinstance(config, type) and "__dataclass_params__" in vars(config)):
-        return ": its Config must be decorated with @dataclass(frozen=True, kw_only=True)"
-    for field in () if config is None else dataclasses.fields(config):
-        if field.name != "name" and field.default is field.default_factory is dataclasses.MISSING:
-            return f": option '{field.name}' of its Config needs a default"
-    return ""
 
 
 def get_registry(kind: str) -> "Registry[Any, Any]":
@@ -290,11 +278,3 @@ def field_docs(config_class: type) -> dict[str, str]:
                 if isinstance(text, ast.Expr) and isinstance(value, ast.Constant) and isinstance(value.value, str):
                     docs[field.target.id] = inspect.cleandoc(value.value)
     return docs
-
-
-def _origin(item: object) -> str:
-    try:
-        file = inspect.getsourcefile(item)  # type: ignore[arg-type]
-        return f"{file}:{inspect.getsourcelines(item)[1]}"  # type: ignore[arg-type]
-    except (OSError, TypeError):
-        return f"{getattr(item, '__module__', '?')}"

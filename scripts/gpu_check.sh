@@ -198,7 +198,7 @@ else
   FAILED=1
 fi
 
-run_stage kernels 120 "${run_module[@]}" pytest -p no:cacheprovider -m gpu --timeout 100 tests/gpu/test_gpu_kernels.py tests/gpu/test_gpu_step.py
+run_stage kernels 120 "${run_module[@]}" pytest -p no:cacheprovider -m gpu --timeout 100 tests/gpu/test_gpu_kernels.py tests/gpu/test_gpu_routing_kernels.py tests/gpu/test_gpu_step.py
 run_stage tests 200 "${run_module[@]}" pytest -p no:cacheprovider -m gpu -k "$TESTS" --timeout 120 tests/gpu tests/contract/test_execution.py
 run_stage step 90 "${STEP_BENCH[@]}" "${MODEL[@]}" train.precision="$HALF"
 run_stage layer 200 "${run_module[@]}" moebench bench layer --device "$DEVICE" --markdown "${LAYER[@]}"

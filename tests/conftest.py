@@ -15,7 +15,7 @@ from hypothesis import settings
 from support.command_line import FIXTURE_TIMEOUT_S, CommandLine, WarmCommandLine
 
 from moebench.errors import UsageError
-from moebench.registry import PLUGIN_MODULE, load_plugin
+from moebench.registry import HOMES, PLUGIN_MODULE, get_registry, load_plugin
 from moebench.routing.router import ROUTERS
 
 # The same examples in every run, and no time limit for one: a busy machine is not a failure. `make test-all` runs
@@ -75,13 +75,15 @@ def routed_by(item: pytest.Item) -> str | None:
 @pytest.fixture
 def plugin(tmp_path: Path) -> Iterator["PluginFolder"]:
     """Write plugin files; what they register is taken back after the test."""
-    before = {entry.name: entry for entry in ROUTERS.entries()}  # loads what is built in
+    registries = [get_registry(kind) for kind in HOMES]
+    before = [{entry.name: entry for entry in registry.entries()} for registry in registries]  # loads what is built in
     modules = {*sys.modules}
     yield PluginFolder(tmp_path)
-    ROUTERS._entries.clear()
-    ROUTERS._entries.update(before)
+    for registry, entries in zip(registries, before, strict=True):
+        registry._entries.clear()
+        registry._entries.update(entries)
     for name in {name for name in sys.modules if name.startswith(PLUGIN_MODULE)} - modules:
-        del sys.modules[name]  # so that loading the file again registers its routers again
+        del sys.modules[name]  # so that loading the file again registers its components again
 
 
 class PluginFolder:

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from torch.distributed.checkpoint.api import CheckpointException
 
-from moebench.errors import UsageError, nearest
+from moebench.errors import UsageError, suggest
 from moebench.experiment.data_need import require_epochs
 from moebench.experiment.display import LineDisplay, cell_title
 from moebench.experiment.grid import Experiment
@@ -27,17 +27,18 @@ from moebench.experiment.run_setup import Figures
 from moebench.experiment.runner import mark_trivial_baselines, print_note
 from moebench.experiment.stage_runs import build_stage_experiments, describe_missing_parent
 from moebench.experiment.store import open_results, record_experiment, require_disk_space
-from moebench.experiment.tuning import build_tuning_experiment, settle
+from moebench.experiment.tuning import build_tuning_experiment, select_tuned_cells
 from moebench.interrupts import handle_signals
 from moebench.launch.containment import Containment
 from moebench.launch.devices import require_devices
-from moebench.launch.error_report import classify_error, describe_error
+from moebench.launch.error_report import classify_error, describe_cell_error
 from moebench.launch.failure import build_failed_result
 from moebench.launch.folder_training import TrainingReports, train_from_folder
 from moebench.launch.scheduler import Outcome
 from moebench.launch.worker_process import list_shown_metrics
 from moebench.parallel.process_info import SINGLE_PROCESS
 from moebench.parallel.safe_reader import UnsafeCheckpointError
+from moebench.plugin_errors import ContractError, keep_traceback
 from moebench.runs.attempts import Attempt, record_attempt
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
@@ -53,7 +54,7 @@ def select_phase_cell(experiment: Experiment, name: str, results: Path) -> tuple
     The arms of an earlier stage are called `STAGE: ARM`. Raises UsageError for another name, for an arm that has not
     chosen its settings yet, and for a cell that starts from a run which is not done.
     """
-    settled = settle(experiment, results)
+    settled = select_tuned_cells(experiment, results)
     tuning = [build_tuning_experiment(experiment)] if experiment.tuning else []
     phases = [settled, *tuning, *build_stage_experiments(experiment)]
     waiting = [arm for arm in experiment.arms if arm not in settled.arms]
@@ -93,7 +94,7 @@ def select_cell(cells: Sequence[Cell], name: str) -> Cell:
     arms = ", ".join(dict.fromkeys(cell.arm for cell in cells))
     seeds = ", ".join(dict.fromkeys(str(cell.seed) for cell in cells))
     raise UsageError(
-        f"--foreground: there is no cell '{name}'.{nearest(name, named)} Allowed: ARM, ARM/SEED or the start of an id;"
+        f"--foreground: there is no cell '{name}'.{suggest(name, named)} Allowed: ARM, ARM/SEED or the start of an id;"
         f" arms: {arms}; seeds: {seeds}"
     )
 
@@ -194,13 +195,14 @@ def _train(cell: Cell, folder: RunFolder, results: Path, console: Console, metri
     except (Exception, SystemExit, CheckpointException) as error:
         if signals and isinstance(error, SystemExit):
             return 128 + signals[0]
-        _write_failed_result(folder, error, time.monotonic() - started_at)
-        _record_attempt(folder, "failed", time.monotonic() - started_at, describe_error(error), classify_error(error))
-        if isinstance(error, UnsafeCheckpointError):  # of a file, not of the code that is debugged: one line
+        _record_failure(folder, error, time.monotonic() - started_at)
+        is_rule = isinstance(error, ContractError) and error.__cause__ is None  # no line of code has raised it
+        if is_rule or isinstance(error, UnsafeCheckpointError):  # of a file, not of the code that is debugged: one line
             display.note(f"failed: {cell_title(cell)}: {error}")
             return 1
         if isinstance(error, UsageError | SystemExit):  # the command line would not show their tracebacks
             raise RuntimeError(f"{cell_title(cell)} failed") from error
+        keep_traceback(error)
         raise
     outcome = Outcome(
         cell=cell,
@@ -234,13 +236,16 @@ def _record_attempt(folder: RunFolder, status: str, seconds: float, error: str |
         record_attempt(folder.attempts, attempt)
 
 
-def _write_failed_result(folder: RunFolder, error: BaseException, total_s: float) -> None:
+def _record_failure(folder: RunFolder, error: BaseException, total_s: float) -> None:
+    """Write the result and the attempt of a cell that has failed."""
+    reason, fault = describe_cell_error(error, folder), classify_error(error)
     with contextlib.suppress(OSError, UsageError):  # a full disk or a lost folder may be the reason of the failure
         result = build_failed_result(
             folder.read_cell(),
-            describe_error(error),
-            fault=classify_error(error),
+            reason,
+            fault=fault,
             step=read_last_step(folder.journal),
             total_s=total_s,
         )
         folder.write_result(result)
+    _record_attempt(folder, "failed", total_s, reason, fault)

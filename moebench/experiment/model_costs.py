@@ -25,6 +25,7 @@ from moebench.training.backward_cost import TrainedPart, measure_trained_part
 from moebench.training.batches import estimate_train_tokens
 from moebench.training.model import build_model, compute_model_cost, prepare_task
 from moebench.training.optimizer.muon import MAX_BATCH_ELEMENTS
+from moebench.training.task_trial import try_task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +54,12 @@ class ModelCosts:
         self._tokens: dict[tuple[str, ...], int] = {}
 
     def task(self, config: CellConfig) -> Task:
-        """Return the task of a cell; the first time, its data are prepared."""
+        """Return the task of a cell; the first time, its data are prepared, and that of a plug-in is tried."""
         key = repr(config.task)
         if key not in self._tasks:
-            self._tasks[key] = prepare_task(config, self.results)
+            task = prepare_task(config, self.results)
+            try_task(config, task)
+            self._tasks[key] = task
         return self._tasks[key]
 
     def facts(self, config: CellConfig) -> ModelFacts:

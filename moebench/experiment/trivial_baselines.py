@@ -74,7 +74,7 @@ def find_baselines(
         try:
             on_compute()
             stored = _compute(source, results, wanted)
-        except Exception as error:  # of the data, their readers or a plug-in: the comparison goes on
+        except Exception as error:  # of the data, their readers or a plug-in: the comparison continues
             problem = str(error) if isinstance(error, UsageError) else describe_error(error)
             stored = _find_older(wanted, recorded.values())
             if stored is None:
@@ -176,11 +176,12 @@ def _compute(source: BaselineSource, results: Path, wanted: EvaluationSet) -> St
     task = prepare_task(source.config, results)
     if (task.digest, task.eval_digest) != (wanted.data_digest, wanted.eval_digest):
         raise UsageError("the data have changed since the runs were trained")
-    baselines = tuple(
-        replace(baseline, values={name: float(value) for name, value in baseline.values.items()})
-        for baseline in task.compute_baselines(wanted.split)
-    )
-    stored = StoredBaselines.from_dict(_to_stored(source, wanted, baselines).to_dict())  # checks them
+    with TASKS.get(source.config.task.name).errors_of("compute_baselines"):
+        baselines = tuple(
+            replace(baseline, values={name: float(value) for name, value in baseline.values.items()})
+            for baseline in task.compute_baselines(wanted.split)
+        )
+        stored = StoredBaselines.from_dict(_to_stored(source, wanted, baselines).to_dict())  # checks them
     meta, _ = load_or_create(_cache_folder(results, wanted), lambda: (stored.to_dict(), {}))
     return _from_entry(meta, wanted) or stored
 

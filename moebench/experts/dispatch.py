@@ -15,6 +15,8 @@ from torch.nn import functional
 from moebench.experts.elementwise import row_kernels
 from moebench.experts.grouped import group_rows
 from moebench.experts.kernels.groups import Groups
+from moebench.routing.kernels.backend import uses_triton
+from moebench.routing.sorting import SortedKeys, sort_keys
 from moebench.routing.values import Routing
 
 
@@ -45,15 +47,14 @@ class DispatchPlan:
     @classmethod
     def of(cls, routing: Routing, *, may_pad: bool = False, order_N: Tensor | None = None) -> "DispatchPlan":
         """Sort the assignments by expert; `order_N`: that of an earlier plan of the same routing."""
+        by_expert = routing.sort_by_expert() if order_N is None else SortedKeys(index_N=order_N)
         groups = group_rows(routing.load_E, may_pad=may_pad)
-        if order_N is None:
-            order_N = _stable_order(routing.expert_N, routing.kept_N, routing.num_experts)
-        with_row_S = order_N if groups.loads is None else order_N[: sum(groups.loads)]
-        row_N, assignment_R = _assign_rows(routing.expert_N, with_row_S, groups)
+        row_N, assignment_R = _assign_rows(routing, by_expert, groups)
+        token_N = routing.token_N if groups.capacity is None else functional.pad(routing.token_N, (0, 1))
         return cls(
-            order_N=order_N,
+            order_N=by_expert.index_N,
             assignment_R=assignment_R,
-            token_R=functional.pad(routing.token_N, (0, 1)).index_select(0, assignment_R),
+            token_R=token_N.index_select(0, assignment_R),
             row_N=row_N,
             kept_N=routing.kept_N,
             groups=groups,
@@ -72,8 +73,13 @@ class DispatchPlan:
         return value_N if self.kept_N is None else value_N.where(self.kept_N, 0)
 
 
-def _assign_rows(expert_N: Tensor, order_S: Tensor, groups: Groups) -> tuple[Tensor, Tensor]:
-    """Return row_N and assignment_R for the assignments `order_S`, which are sorted by expert."""
+def _assign_rows(routing: Routing, by_expert: SortedKeys, groups: Groups) -> tuple[Tensor, Tensor]:
+    """Return row_N and assignment_R."""
+    expert_N, order_S = routing.expert_N, by_expert.index_N
+    if groups.loads is None and by_expert.place_N is not None:
+        return by_expert.place_N, order_S
+    if groups.loads is not None:
+        order_S = order_S[: sum(groups.loads)]
     row_S = torch.arange(order_S.numel(), device=order_S.device)
     assignment_R = order_S
     if groups.capacity is not None:
@@ -102,7 +108,7 @@ class TokenRows:
         """Group the rows by token."""
         if routing.top_k is not None and routing.kept_N is None:
             return cls(row_M=row_N.view(routing.num_tokens, routing.top_k))
-        order_N = _stable_order(routing.token_N, routing.kept_N, routing.num_tokens)
+        order_N = _sort_by_token(routing)
         if groups.loads is not None:  # else what is not kept is the longest sum of all, and nothing reads it
             order_N = order_N[: sum(groups.loads)]
         start_T = functional.pad(routing.experts_per_token_T.cumsum(0), (1, 0))
@@ -115,12 +121,12 @@ class TokenRows:
         return row_kernels(value_RD).sum_groups(value_RD, self.row_M, self.start_T, weight_N)
 
 
-def _stable_order(key_N: Tensor, kept_N: Tensor | None, num_keys: int) -> Tensor:
-    """Return the assignments sorted by a key in 0 ... num_keys - 1, equal keys in order, those not kept last."""
-    if kept_N is not None:
-        key_N = key_N.where(kept_N, num_keys)
-    narrow = torch.uint8 if num_keys < 2**8 else torch.int16 if num_keys < 2**15 else torch.int64
-    return key_N.to(narrow).argsort(stable=True)  # a narrow key sorts in fewer passes
+def _sort_by_token(routing: Routing) -> Tensor:
+    """Return the assignments sorted by token, those that are not kept last."""
+    key_N, num_keys = routing.token_N, routing.num_tokens
+    if routing.top_k is not None and uses_triton(routing.weight_N):
+        key_N, num_keys = torch.zeros_like(key_N), 1  # sorted already: what is not kept moves to the end
+    return sort_keys(key_N, routing.kept_N, num_keys, like=routing.weight_N).index_N
 
 
 def dispatch(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
@@ -131,11 +137,11 @@ def dispatch(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
 
 def combine(y_RD: Tensor, weight_N: Tensor, plan: DispatchPlan) -> Tensor:
     """Return y_TD: for each token the sum of its experts' outputs times their weights (0 for an unserved token)."""
-    y_TD: Tensor = _Combine.apply(y_RD, widen(weight_N, y_RD), plan)  # type: ignore[no-untyped-call]
+    y_TD: Tensor = _Combine.apply(y_RD, cast_weights(weight_N, y_RD), plan)  # type: ignore[no-untyped-call]
     return y_TD
 
 
-def widen(weight_N: Tensor, rows: Tensor) -> Tensor:
+def cast_weights(weight_N: Tensor, rows: Tensor) -> Tensor:
     """Return weights of rows in fp32, or in fp64 if the rows are."""
     return weight_N.to(torch.promote_types(rows.dtype, torch.float32))
 

@@ -5,7 +5,7 @@ from typing import Protocol
 from torch import Tensor
 
 from moebench.experts.kernels import activation, rows
-from moebench.experts.kernels.backend import read_choice, uses_triton
+from moebench.routing.kernels.backend import read_choice, uses_triton
 
 
 class ActivationKernels(Protocol):

@@ -17,7 +17,7 @@ from moebench.experts.dispatch import DispatchPlan
 from moebench.experts.elementwise import activation_kernels, gpu_activation_kernels, row_kernels
 from moebench.experts.grouped import product, weight_gradient
 from moebench.experts.kernels import activation
-from moebench.experts.kernels.backend import uses_triton
+from moebench.routing.kernels.backend import uses_triton
 from moebench.routing.values import Routing
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor]

@@ -15,7 +15,7 @@ from moebench.experts.overflow import BatchAssignments, apply_capacity
 from moebench.experts.shared import SharedExperts
 from moebench.ranks import Scopes, sum_together
 from moebench.routing.context import RouteContext
-from moebench.routing.contract import check_routing
+from moebench.routing.contract import check_executed_flops, check_routing, check_statistics
 from moebench.routing.gate import Gate
 from moebench.routing.layer_name import LayerName
 from moebench.routing.logit_router import LogitRouter
@@ -149,7 +149,7 @@ class MoELayer(nn.Module):
         """Return what the router's state depends on, over this process's tokens; the loads have the empty name."""
         sums = {"": torch.stack([record.routing.load_E for record in records]).sum(0)}
         for record in records:
-            for name, value in self.router.statistics(record).items():
+            for name, value in check_statistics(self.router, record).items():
                 sums[name] = sums[name] + value if name in sums else value
         return sums
 
@@ -173,7 +173,7 @@ class MoELayer(nn.Module):
         They are those of this process's tokens, whichever process computed them: the counterpart of
         `routed_flops_per_token`.
         """
-        return self.router.executed_flops(record) + self.bank.executed_flops(record)
+        return check_executed_flops(self.router, record) + self.bank.executed_flops(record)
 
     @property
     def rows_per_token(self) -> float:

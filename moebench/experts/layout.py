@@ -1,5 +1,6 @@
 """Expert layouts: which blocks hold experts, and what each bank of experts is, as a plan of frozen values."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -56,7 +57,7 @@ class BlocksConfig(LayoutConfig):
     """Options of layouts that define the experts and leave their blocks open."""
 
     blocks: list[int] | None = None
-    """Blocks that hold experts, counted from 0; null is all of them."""
+    """Blocks that hold experts, counted from 0; null: all of them."""
 
     def block_indices(self, num_layers: int) -> list[int]:
         """Return the blocks with experts, ascending; raise UsageError for one that does not exist."""
@@ -76,15 +77,15 @@ class LayoutFacts:
     """Description of a bank."""
 
 
-class Layout:
+class Layout(ABC):
     """Plans which blocks of a model hold experts, and what the experts are."""
 
     Config: ClassVar[type[LayoutConfig]]
 
     @staticmethod
+    @abstractmethod
     def plan(config: Any, num_layers: int) -> tuple[BlockPlan, ...]:
         """Return one entry for each block from the bottom; raise UsageError for options that do not fit."""
-        raise NotImplementedError
 
 
 def place_experts(blocks: Iterable[int], num_layers: int, plan: BlockPlan | Experts) -> tuple[BlockPlan, ...]:
@@ -119,5 +120,5 @@ def check_groups(groups: int, num_experts: int) -> None:
 
 
 LAYOUTS: Registry[type[Layout], LayoutFacts] = Registry(
-    "layout", "moebench.experts.layouts", item_type=Layout, facts_type=LayoutFacts
+    "layout", "moebench.experts.layouts", item_type=Layout, config_type=LayoutConfig, facts_type=LayoutFacts
 )

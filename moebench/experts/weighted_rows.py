@@ -17,8 +17,8 @@ from moebench.experts.dispatch import DispatchPlan
 from moebench.experts.elementwise import activation_kernels, gpu_activation_kernels, row_kernels
 from moebench.experts.grouped import group_rows, product, weight_gradient
 from moebench.experts.kernels import activation
-from moebench.experts.kernels.backend import uses_triton
 from moebench.experts.kernels.groups import Groups
+from moebench.routing.kernels.backend import uses_triton
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -7,7 +7,7 @@ from moebench.registry import load_plugin
 from moebench.runs.environment import describe_version
 from moebench.runs.folder import RunFolder, read_json
 from moebench.schema import CellConfig
-from moebench.tasks.task import TASKS
+from moebench.tasks.contract import read_source_digest
 
 
 def load_unchanged_plugins(cell: dict[str, Any]) -> None:
@@ -23,7 +23,7 @@ def load_unchanged_plugins(cell: dict[str, Any]) -> None:
 
 def require_unchanged_data(cell: dict[str, Any], config: CellConfig) -> None:
     """Raise UsageError if the data is not what the cell's id was computed from."""
-    if TASKS.get(config.task.name).item.source_digest(config.task) != cell["data"]["digest"]:
+    if read_source_digest(config.task) != cell["data"]["digest"]:
         raise UsageError(
             f"task {config.task.name}: its data was changed after this run was planned, so it no longer matches id"
             f" {cell['id']}; restore it, or start `moebench run` again"

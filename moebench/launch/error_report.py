@@ -3,6 +3,7 @@
 Apart from `failure.py` because it imports the trainer, which the runner does not need.
 """
 
+import contextlib
 import errno
 
 import torch
@@ -12,6 +13,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from moebench.errors import UsageError
 from moebench.launch.failure import describe_disk_error, describe_exception
 from moebench.parallel.replicas import ReplicaError
+from moebench.plugin_errors import find_plugin_line
+from moebench.runs.folder import RunFolder
 from moebench.runs.result import Fault
 from moebench.training.divergence import DivergedError
 
@@ -44,6 +47,21 @@ def describe_error(error: BaseException) -> str:
     if is_out_of_memory(error):
         return f"out of memory: {' '.join(str(error).split())[:200]}"
     return describe_exception(error)
+
+
+def describe_cell_error(error: BaseException, folder: RunFolder) -> str:
+    """Return the reason of a failure of a cell in one line, with its plug-ins where no line of them raised the error.
+
+    They may have returned what the code that raised it cannot use.
+    """
+    text = describe_error(error)
+    is_known = isinstance(error, UsageError | OSError) or is_out_of_memory(error) or find_plugin_line(error) is not None
+    if is_known or classify_error(error) is not Fault.PROCESS_ERROR:
+        return text
+    plugins: list[str] = []
+    with contextlib.suppress(UsageError, OSError):  # a lost folder may be the reason
+        plugins = folder.read_cell().get("plugins", [])
+    return f"{text} (plug-ins of the cell: {', '.join(plugins)})" if plugins else text
 
 
 def is_out_of_memory(error: BaseException) -> bool:

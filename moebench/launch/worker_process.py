@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from moebench.file_access import open_to_write
 from moebench.interrupts import STOP_SIGNALS
 from moebench.launch.descendants import adopt_orphans, kill_descendants
-from moebench.launch.error_report import classify_error, describe_error
+from moebench.launch.error_report import classify_error, describe_cell_error
 from moebench.launch.folder_training import TrainingReports, train_from_folder
 from moebench.launch.parent_death import exit_with_parent
 from moebench.parallel.process_info import ProcessInfo
@@ -143,7 +143,7 @@ def _train(folder: RunFolder, results: Path, process_info: ProcessInfo, connecti
     except (Exception, CheckpointException) as error:
         with contextlib.suppress(OSError):  # a full disk: the runner still gets the reason
             traceback.print_exc()
-        return {"status": "failed", "error": describe_error(error), "fault": classify_error(error)}
+        return {"status": "failed", "error": describe_cell_error(error, folder), "fault": classify_error(error)}
     if result is None:
         return {"status": "stopped"}
     return {"status": "done", "metrics": list_shown_metrics(result)}

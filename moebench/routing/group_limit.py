@@ -1,10 +1,20 @@
 """Group-limited selection (also node-limited routing): a token may only use the experts of its best groups."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from moebench.errors import UsageError
 from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
+
+
+def limit_to_groups(num_groups: int, kept_groups: int, best_of: int) -> Callable[[Tensor], Tensor] | None:
+    """Return `mask_to_best_groups` with its options; None where a token may use all groups."""
+    if kept_groups == num_groups:
+        return None
+    return partial(mask_to_best_groups, num_groups=num_groups, kept_groups=kept_groups, best_of=best_of)
 
 
 def mask_to_best_groups(selection_TE: Tensor, num_groups: int, kept_groups: int, best_of: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Auxiliary losses: pure functions of a LayerRecord, without coefficients, normalised alike for every router.
+"""Auxiliary losses: pure functions of a LayerRecord, without coefficients, normalised in the same way for every router.
 
 At uniform routing a balance loss is 1 (products) or 0 (squared variations) for any number of experts per token. Losses
 are computed per layer and averaged over layers: summing over layers, or pooling their statistics, would make the same
@@ -6,16 +6,19 @@ coefficient mean different things in different models. Training applies the coef
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moebench.errors import UsageError
+from moebench.plugin_errors import ContractError, is_plugin
 from moebench.registry import Registry
+from moebench.routing.contract import RouterContractError, describe_value, label_router
 from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
-from moebench.routing.reduction import LossValue, reduce_record, resolve_losses
+from moebench.routing.reduction import LossValue, PendingLoss, reduce_record, resolve_losses
 from moebench.routing.router import Router
 from moebench.routing.values import LayerRecord, Routing
 
@@ -34,7 +37,7 @@ class LossFacts:
     """Value when every token goes to the same k experts."""
 
 
-LOSSES: Registry[Loss, LossFacts] = Registry("loss", None)
+LOSSES: Registry[Loss, LossFacts] = Registry("loss", None, facts_type=LossFacts)
 
 
 @LOSSES.register(
@@ -244,11 +247,32 @@ def compute_losses_of_layers(
     ranks = records[0].ranks
     pending: list[LossValue] = []
     for router, record in zip(routers, records, strict=True):
-        record = replace(record, defers_sums=ranks.size > 1)
-        own_losses = router.losses(record)
-        pending += [own_losses[name] if name in own_losses else LOSSES.get(name).item(record) for name in names]
+        pending += _compute_losses(router, replace(record, defers_sums=ranks.size > 1), names)
     values = iter(resolve_losses(pending, ranks))
     return [{name: next(values) for name in names} for _ in routers]
+
+
+def _compute_losses(router: Router, record: LayerRecord, names: Collection[str]) -> Iterator[LossValue]:
+    """Yield the named losses of one layer; raise ContractError for one that is no scalar, or not there."""
+    own_losses: Any = router.losses(record)
+    if not isinstance(own_losses, Mapping):
+        label = label_router(router.config.name)
+        raise RouterContractError(f"{label}: losses must return losses by name, got {describe_value(own_losses)}")
+    for name in names:
+        is_own = name in own_losses
+        if not is_own and name not in LOSSES.names() and is_plugin(type(router.config)):
+            label = label_router(router.config.name)
+            raise RouterContractError(f"{label}: losses must return '{name}', which Facts.own_losses names")
+        try:
+            value = own_losses[name] if is_own else LOSSES.get(name).item(record)
+        except UsageError as error:  # the loss needs what the router does not have
+            if not is_plugin(type(router.config)):
+                raise
+            raise RouterContractError(f"{label_router(router.config.name)}: {error}") from error
+        if not (isinstance(value, PendingLoss) or (isinstance(value, Tensor) and value.dim() == 0)):
+            owner = f"{label_router(router.config.name)}: losses" if is_own else LOSSES.get(name).label
+            raise ContractError(f"{owner}: '{name}' must be a tensor without dimensions, got {describe_value(value)}")
+        yield value
 
 
 def _identity(mean: Tensor) -> Tensor:

@@ -232,7 +232,7 @@ def check_top_k(top_k: int, num_experts: int, smallest: int = 1, why: str = "", 
 
 
 ROUTERS: Registry[type[Router], Facts] = Registry(
-    "router", "moebench.routing.routers", item_type=Router, facts_type=Facts
+    "router", "moebench.routing.routers", item_type=Router, config_type=RouterConfig, facts_type=Facts
 )
 
 

@@ -19,6 +19,7 @@ from moebench.routing.abstract import AbstractRouting, ExpertPass
 from moebench.routing.layer_name import LayerName
 from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.reduction import divide_by_count, sum_with_count
+from moebench.routing.sorting import SortedKeys, count_keys, sort_keys
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,19 +98,11 @@ class Routing(AbstractRouting):
 
         All T·E pairs are listed, so that the length does not depend on data (see `keep`).
         """
-        num_tokens, num_experts = weight_TE.shape
-        index_TE = torch.arange(num_tokens * num_experts, device=weight_TE.device)
-        all_pairs = cls(
-            token_N=index_TE // num_experts,
-            expert_N=index_TE % num_experts,
-            weight_N=weight_TE.reshape(-1),
-            num_tokens=num_tokens,
-            num_experts=num_experts,
-            logits_TE=logits_TE,
-            scores_TE=scores_TE,
-            token_extras=token_extras or {},
-        )
-        return all_pairs.keep(chosen_TE.reshape(-1))
+        num_experts = weight_TE.shape[1]
+        expert_TE = torch.arange(num_experts, device=weight_TE.device).expand(len(weight_TE), -1)
+        tables = {"logits_TE": logits_TE, "scores_TE": scores_TE}
+        pairs = cls.from_top_k(expert_TE, weight_TE, num_experts=num_experts, token_extras=token_extras, **tables)
+        return replace(pairs, top_k=None).keep(chosen_TE.reshape(-1))
 
     @override
     def compute(self, experts: ExpertPass) -> Tensor:
@@ -171,6 +164,13 @@ class Routing(AbstractRouting):
         """bool: which assignments the router chose, whether they still count or not."""
         return torch.ones_like(self.expert_N, dtype=torch.bool) if self.chosen_N is None else self.chosen_N
 
+    def sort_by_expert(self) -> SortedKeys:
+        """Sort the assignments by expert, those that do not count last; a kernel that sorts counts the load as well."""
+        by_expert = sort_keys(self.expert_N, self.kept_N, self.num_experts, like=self.weight_N)
+        if by_expert.count_Q is not None:
+            self._counts["expert"] = by_expert.count_Q
+        return by_expert
+
     @property
     def load_E(self) -> Tensor:
         """Assignments per expert, int64; counted once, for the experts, the losses and the metrics."""
@@ -204,9 +204,7 @@ class Routing(AbstractRouting):
 
     def _count(self, name: str, index_N: Tensor, size: int) -> Tensor:
         if name not in self._counts:
-            # A scatter with a fixed output size: bincount would wait for the device to know the length of its result.
-            ones = torch.ones_like(index_N) if self.kept_N is None else self.kept_N.long()
-            self._counts[name] = ones.new_zeros(size).scatter_add(0, index_N, ones)
+            self._counts[name] = count_keys(index_N, self.kept_N, size)
         return self._counts[name]
 
 

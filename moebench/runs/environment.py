@@ -12,7 +12,7 @@ import torch
 
 import moebench
 from moebench.cores import available_cores
-from moebench.experts.kernels.backend import read_choice
+from moebench.routing.kernels.backend import read_choice
 
 PACKAGES = ("torch", "lightning", "numpy", "datasets", "tokenizers", "mlflow", "scipy")
 

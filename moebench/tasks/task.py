@@ -273,4 +273,6 @@ class Task(ABC):
         return ()
 
 
-TASKS: Registry[type[Task], TaskFacts] = Registry("task", "moebench.tasks", item_type=Task, facts_type=TaskFacts)
+TASKS: Registry[type[Task], TaskFacts] = Registry(
+    "task", "moebench.tasks", item_type=Task, config_type=TaskConfig, facts_type=TaskFacts
+)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from moebench.experts.knobs import make_adjustable
@@ -21,6 +22,8 @@ from moebench.routing.features.feature import Feature, collect, count_passes, se
 from moebench.routing.router import required_features
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig, ModelConfig, TrainConfig
+from moebench.seeds import derive_seed
+from moebench.tasks.contract import build_task
 from moebench.tasks.deferred_logits import MAX_LOGITS, ModelOutput
 from moebench.tasks.language import TextTask, TokenHead
 from moebench.tasks.task import TASKS, Batch, Task
@@ -167,7 +170,10 @@ def summarise_data(task: Task) -> DataSummary:
 
 def build_initialised_model(config: CellConfig, task: Task, mesh: Mesh = SINGLE_PROCESS_MESH) -> Model:
     """Build the model, as one of the mesh's processes has it, and draw its weights from the cell's seed."""
-    model = build_model(config, task)
+    with torch.random.fork_rng(devices=[]):
+        # Modules of plug-ins that draw when they are built, such as nn.Linear: by the seed, on each process alike.
+        torch.default_generator.manual_seed(derive_seed(config.seed, "build"))
+        model = build_model(config, task)
     if mesh.process_info.has_group:
         shard_experts(model, mesh, config.balance)
     init_weights(model, config.seed)
@@ -200,4 +206,4 @@ def compute_model_cost(model: Model, sequence_length: int, decoder_length: int |
 
 def prepare_task(config: CellConfig, results: Path) -> Task:
     """Return the cell's task with its data ready, from the cache under the results folder where possible."""
-    return TASKS.get(config.task.name).item.prepare(config.task, results / "cache")
+    return build_task(config.task, results / "cache")

@@ -19,11 +19,13 @@ from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
 from moebench.routing.features.feature import TrainingPasses, count_passes
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig
+from moebench.tasks.contract import check_loss
 from moebench.tasks.deferred_logits import ModelOutput
 from moebench.tasks.task import Batch, Task
 from moebench.training.batches import BatchSource, build_loss_normalizer
 from moebench.training.divergence import NonFiniteError, SpikeError
 from moebench.training.evaluation import Evaluation, batch_context, evaluate, probe, training_precision
+from moebench.training.first_pass import FirstPasses
 from moebench.training.model import Model
 from moebench.training.non_finite import trace_evaluation, trace_step
 from moebench.training.objective import LossNormalizer, Objective, add_token_loss, average_passes, compute_objective
@@ -38,7 +40,7 @@ from moebench.training.trainable import freeze_parameters, restore_after_updates
 from moebench.training.z_loss import add_z_loss
 
 
-def can_check_later(config: CellConfig, mesh: Mesh, optimizer: torch.optim.Optimizer) -> bool:
+def can_defer_checks(config: CellConfig, mesh: Mesh, optimizer: torch.optim.Optimizer) -> bool:
     """Return whether a device would wait for the host, which need not know a step's loss before its update."""
     return mesh.device.type == "cuda" and config.train.spike_policy == "record" and can_clip_in_update(optimizer)
 
@@ -92,6 +94,7 @@ class CellModule(lightning.LightningModule):
         self.source = BatchSource(config=config, task=task, mesh=mesh, rewinds=rewinds)
         self.spike_guard = SpikeGuard(config.train)
         self.layers = model.backbone.moe_layers()
+        self.first_passes = FirstPasses(config, model)
         self.objectives: list[Objective] = []
         self.records: list[list[LayerRecord]] = []
         """One list for each pass over each micro-batch, with one record per MoE layer."""
@@ -119,9 +122,10 @@ class CellModule(lightning.LightningModule):
         if micro_batch == 0:
             self.objectives, self.records = [], []
         ctx = batch_context(batch, training=True, seed=self.config.seed, step=self.global_step, micro_batch=micro_batch)
-        outputs, records = self.run_passes(batch, ctx)
         normalizer = build_loss_normalizer(batch, self.config, self.mesh)
-        objective, records = self.compute_loss(batch, outputs, records, normalizer)
+        with self.first_passes.watch("training"):
+            outputs, records = self.run_passes(batch, ctx)
+            objective, records = self.compute_loss(batch, outputs, records, normalizer)
         self.objectives.append(objective.detach())
         self.records += records
         return objective.total
@@ -152,7 +156,7 @@ class CellModule(lightning.LightningModule):
         normalizer = normalizer or LossNormalizer.of_single_batch(batch)
         objectives, records_with_loss = [], []
         for output, pass_records in zip(outputs, records, strict=True):
-            loss_BP = self.task.loss(output, batch)
+            loss_BP = check_loss(self.config.task.name, self.task.loss(output, batch), batch)
             records_with_loss.append(add_token_loss(pass_records, loss_BP, batch))
             objectives.append(
                 compute_objective(
@@ -231,7 +235,7 @@ class CellModule(lightning.LightningModule):
             )
 
     def _apply_spike_policy(self, step: int) -> None:
-        """Compare the step with those before it, and do what the policy says; all processes decide alike."""
+        """Compare the step with those before it, and do what the policy says; all processes decide the same."""
         policy = self.spike_guard.policy
         spike = self.spike_guard.check(
             step + 1, self.last_loss, self.last_grad_norm, lambda: self.source.name_batch(step)
@@ -271,7 +275,8 @@ class CellModule(lightning.LightningModule):
     def evaluate(self, split: str) -> Evaluation:
         """Evaluate the model on a split of the task's fixed evaluation set, in the precision of training."""
         batches = self.task.eval_batches(split, self.config.train.batch_size)
-        with training_precision(self.config.train, self.device), share_casts(self.weight_casts):
+        precision = training_precision(self.config.train, self.device)
+        with precision, share_casts(self.weight_casts), self.first_passes.watch("evaluation"):
             evaluation = evaluate(self.model, self.task, batches, self.config.seed, self.device, self.mesh)
         if evaluation.is_finite:
             return evaluation
@@ -291,6 +296,6 @@ class CellModule(lightning.LightningModule):
         optimizer = build_optimizer(self.config, self.model, self.task, self.mesh)
         restore_after_updates(optimizer, self.frozen_experts)
         optimizer.register_step_post_hook(lambda *_: self.weight_casts.clear())
-        self.checks_later = can_check_later(self.config, self.mesh, optimizer)
+        self.checks_later = can_defer_checks(self.config, self.mesh, optimizer)
         schedule = build_schedule(self.config, optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moebench.experts.layer import MoELayer
 from moebench.ranks import Ranks
+from moebench.routing.contract import check_objective
 from moebench.routing.losses import compute_losses_of_layers
 from moebench.routing.values import LayerRecord
 from moebench.tasks.task import Batch
@@ -141,7 +142,7 @@ def compute_objective(
     weighted = {name: coefficients[name] * value for name, value in raw.items()}
     means = []
     for layer, record in zip(layers, records, strict=True):
-        objective_T = layer.router.objective(record)
+        objective_T = check_objective(layer.router, record)
         if objective_T is not None:
             has_own = _has_own_predictions(record, batch)
             means.append(normalizer.mean_over_tokens(objective_T, batch, own_predictions=has_own))

@@ -4,10 +4,10 @@ MOEBENCH_TEST_DEVICE=cpu tries the tests on small sizes; with MOEBENCH_KERNELS=i
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
+from support.device_values import distance, draw, no_wait
 from torch import Tensor
 from torch.nn import functional
 
@@ -15,8 +15,8 @@ from moebench.experts import elementwise
 from moebench.experts.activation import activate
 from moebench.experts.feed_forward import ExpertBank, FeedForward
 from moebench.experts.kernels import activation as activation_operators
-from moebench.experts.kernels import backend
 from moebench.models.transformer import init_weights
+from moebench.routing.kernels import backend
 from moebench.routing.values import Routing
 
 pytestmark = [
@@ -44,35 +44,6 @@ def triton_is_used(device: torch.device) -> None:
 def sizes(device: torch.device) -> tuple[int, int, int, int, int]:
     """Tokens, model width, hidden width, experts and experts per token."""
     return (16384, 2048, 1024, 64, 8) if device.type == "cuda" else (96, 32, 16, 8, 3)
-
-
-@contextmanager
-def no_wait(device: torch.device) -> Iterator[None]:
-    """Raise an error where the host waits for the device."""
-    if device.type == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        if device.type == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-
-
-def draw(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    generator = torch.Generator(device).manual_seed(sum(shape))
-    return torch.randn(*shape, device=device, generator=generator).to(dtype)
-
-
-def distance(value: Tensor, exact: Tensor) -> float:
-    """Return the norm of the difference over the norm, in parts, because fp64 copies of all rows would not fit."""
-    difference = sum(float((a.double() - b.double()).square().sum()) for a, b in zip_chunks(value, exact))
-    size = sum(float(b.double().square().sum()) for _, b in zip_chunks(value, exact))
-    return float((difference / max(size, 1e-300)) ** 0.5)
-
-
-def zip_chunks(*values: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    assert len({value.shape for value in values}) == 1
-    return zip(*(value.split(8192) for value in values), strict=True)
 
 
 def routing_of(sizes: tuple[int, ...], device: torch.device, load: str) -> Routing:

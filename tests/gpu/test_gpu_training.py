@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from contract.test_tasks import NUM_EXPERTS, one_of_each_family
+from support.broken_plugins import ROUTER, write_broken
 from support.command_line import CommandLine
 from support.task_data import write_data
 from support.training_cases import TINY, Run, assert_same_runs, read_checkpoint, tiny_config, write_text
@@ -20,6 +21,8 @@ from moebench.parallel.collectives import AsyncAllToAll
 from moebench.parallel.exchange import ExpertExchange
 from moebench.parallel.mesh import Mesh, open_mesh
 from moebench.parallel.process_info import ProcessInfo
+from moebench.plugin_errors import ContractError
+from moebench.registry import load_plugin
 from moebench.runs.folder import RunFolder
 from moebench.runs.recorder import RunRecorder
 from moebench.schema import ParallelConfig
@@ -168,3 +171,20 @@ def test_a_run_over_a_group_of_one_is_the_run_alone(mesh: Mesh, device: torch.de
     assert ended[0][0] == pytest.approx(ended[1][0], rel=1e-5)
     for ours, theirs in zip(ended[0][1].values(), ended[1][1].values(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_draws_of_a_plugin_are_noticed_and_nothing_else(
+    plugin: Any, device: torch.device, tmp_path: Path, precision: str
+) -> None:
+    text, logits = write_text(tmp_path), "        logits_TE = self.gate(x_TD)\n"
+    train = {"steps": 4, "device": device.type, "precision": precision}
+    config = {"router": "broken", "train": train, "model": {"attention_dropout": 0.1, "residual_dropout": 0.1}}
+    load_plugin(write_broken(plugin, ROUTER, logits, f"{logits}        ctx.uniform(len(x_TD), 4)\n", "allowed.py"))
+    assert Run(tiny_config(text, **config), tmp_path / "allowed")() is not None
+    noise = f"{logits}        logits_TE = logits_TE + torch.rand_like(logits_TE)\n"
+    refused = ROUTER.replace('"broken"', '"refused"')
+    load_plugin(write_broken(plugin, refused, logits, noise, "refused.py"))
+    generator = "torch" if device.type == "cpu" else "torch.cuda"
+    with pytest.raises(ContractError, match=rf"forward draws from the global random generator of {generator};"):
+        Run(tiny_config(text, **config | {"router": "refused"}), tmp_path / "refused")()

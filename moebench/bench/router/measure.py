@@ -13,7 +13,7 @@ from moebench.errors import UsageError
 from moebench.models.transformer import BatchContext, init_weights
 from moebench.routing.assignment import solve_balanced_assignment
 from moebench.routing.context import DataSummary
-from moebench.routing.contract import build_router
+from moebench.routing.contract import build_router, check_routing
 from moebench.routing.features.token_labels import TokenLabels
 from moebench.routing.layer_name import LayerName
 from moebench.routing.losses import compute_raw_losses
@@ -110,7 +110,7 @@ class Subject:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class RouterResult:
     """A measured router; ratios are to top-k with as many experts per token in the same round."""
 
     name: str
@@ -137,7 +137,7 @@ class SizeResult:
 
     num_tokens: int
     num_experts: int
-    lines: tuple[Line, ...]
+    lines: tuple[RouterResult, ...]
     skipped: Mapping[str, str]
     """Row -> why it was not measured."""
     forward_rounds: Timings
@@ -185,7 +185,7 @@ def _measure_size(names: Sequence[str], num_tokens: int, num_experts: int, seed:
     forward = protocol.measure({label: TimedCall(call=call.forward) for label, call in calls.items()})
     train = protocol.measure({label: TimedCall(call=call.train, prepare=call.clear) for label, call in calls.items()})
     lines = [
-        Line(
+        RouterResult(
             name=subject.label,
             top_k=subject.top_k,
             cost=subject.cost,
@@ -243,7 +243,8 @@ class RouterCall:
             domain_B=self.domain_B,
             features={TokenLabels: self.token_id_BL.flatten()},
         )
-        routing = self.router(self.x_TD, ctx.route(LayerName(), self.length, self.x_TD.device))
+        ctx_of_layer = ctx.route(LayerName(), self.length, self.x_TD.device)
+        routing = check_routing(self.router, self.router(self.x_TD, ctx_of_layer))
         return LayerRecord(routing=routing, kept=routing, sequence_length=self.length)
 
     def losses(self, record: LayerRecord) -> list[Tensor]:

@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.context import RouteContext
-from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
+from moebench.routing.token_choice import TopKRule, choose_top_k
 from moebench.routing.values import Routing
 
 
@@ -22,7 +22,7 @@ from moebench.routing.values import Routing
         family="token choice",
         equation="a_i = |x W_i| (W_i: D x r),  p = softmax(a),  y = Σ_{i in top-k} w_i E_i(x),  w = p_i / Σ selected p",
         paper="arXiv:2501.13074",
-        use="Experts that select themselves by how strongly they respond to a token.",
+        use="When experts should select themselves by how strongly they respond to a token.",
         beware="An expert can raise its score by scaling up its projection. The projections cost FLOPs "
         "for all experts.",
         causality=Causality(causal=True, reason="each token is routed by its own vector", batch_dependent=False),
@@ -80,11 +80,8 @@ class AutonomyOfExperts(Router["AutonomyOfExperts.Config"]):
         num_experts, d_model, rank = self.down_EDR.shape
         down_DX = self.down_EDR.float().transpose(0, 1).reshape(d_model, num_experts * rank)
         logits_TE = torch.linalg.vector_norm((x_TD.float() @ down_DX).view(-1, num_experts, rank), dim=-1)
-        scores_TE = logits_TE.softmax(-1)
-        expert_TK = rank_top_k(logits_TE, self.top_k)
-        weight_TK = scores_TE.gather(-1, expert_TK)
-        if self.renormalise:
-            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=1e-20)
+        rule = TopKRule(top_k=self.top_k, weights="shares" if self.renormalise else "scores")
+        expert_TK, weight_TK, scores_TE = choose_top_k(logits_TE, rule)
         return Routing.from_top_k(
             expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
         )

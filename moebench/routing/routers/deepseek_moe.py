@@ -12,9 +12,9 @@ from typing_extensions import override
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.group_limit import check_kept_groups, mask_to_best_groups
-from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
+from moebench.routing.group_limit import check_kept_groups, limit_to_groups
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
+from moebench.routing.token_choice import TopKRule, choose_top_k
 from moebench.routing.values import Routing
 
 
@@ -23,9 +23,9 @@ from moebench.routing.values import Routing
         family="token choice",
         equation="p = softmax(W x),  w = scale · p_top-k,  y = Σ_i w_i E_i(x)  (+ shared experts)",
         paper="arXiv:2401.06066, eq. 9-11; groups: arXiv:2405.04434, section 2.2.2",
-        use="Many narrow experts beside a shared one: use with the layout `fine_grained`.",
+        use="With many narrow experts beside a shared one: combine it with the layout `fine_grained`.",
         beware="Weights sum to less than 1 and shrink with the number of experts, so the output depends on `scale`. "
-        "Collapses without its balance loss, as any softmax top-k.",
+        "It collapses without its balance loss, as any softmax top-k does.",
         causality=Causality(
             causal=True,
             reason="each token is routed by its own vector; over capacity, the earlier token stays",
@@ -79,10 +79,9 @@ class DeepSeekMoE(Router["DeepSeekMoE.Config"]):
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         options = self.options
         logits_TE = self.gate(x_TD)
-        scores_TE = logits_TE.softmax(-1)
-        selection_TE = mask_to_best_groups(scores_TE, options.num_groups, options.kept_groups, best_of=1)
-        expert_TK = rank_top_k(selection_TE, options.top_k, quantum=SCORE_QUANTUM)
-        weight_TK = scores_TE.gather(-1, expert_TK)
+        rule = TopKRule(top_k=options.top_k, ranks_scores=True)
+        restrict = limit_to_groups(options.num_groups, options.kept_groups, best_of=1)
+        expert_TK, weight_TK, scores_TE = choose_top_k(logits_TE, rule, restrict=restrict)
         return Routing.from_top_k(
             expert_TK,
             options.scale * weight_TK,

@@ -15,11 +15,11 @@ from typing_extensions import override
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.group_limit import check_kept_groups, mask_to_best_groups
+from moebench.routing.group_limit import check_kept_groups, limit_to_groups
 from moebench.routing.losses import recount_by_scores, sequence_balance
-from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
 from moebench.routing.reduction import LossValue
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
+from moebench.routing.token_choice import TopKRule, choose_top_k
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -28,10 +28,10 @@ from moebench.routing.values import LayerRecord, Routing
         family="token choice",
         equation="s = σ(W x),  I = top-k(s + b),  w = s_I,  after each step b += u · sign(mean load - load)",
         paper="arXiv:2408.15664, section 3 and algorithm 1",
-        use="Language models where a balance loss costs quality: loads become even within some hundred steps, without "
-        "a gradient.",
-        beware="Slow at first, and at the end the bias keeps oscillating by its rate. Loads of a single batch are not "
-        "bounded, so keep experts dropless.",
+        use="In language models where a balance loss costs quality: loads become even within some hundred steps, "
+        "without a gradient.",
+        beware="Balancing is slow at first, and at the end the bias keeps oscillating by its rate. Loads of a single "
+        "batch are not bounded, so keep experts dropless.",
         causality=Causality(
             causal=True,
             reason="each token is routed by its own vector and a bias set by past batches only",
@@ -98,13 +98,15 @@ class LossFree(Router["LossFree.Config"]):
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         options = self.options
         logits_TE = self.gate(x_TD)
-        scores_TE = logits_TE.sigmoid() if options.score == "sigmoid" else logits_TE.softmax(-1)
-        selection_TE = scores_TE.detach() + self.bias_E.float()
-        selection_TE = mask_to_best_groups(selection_TE, options.num_groups, options.kept_groups, best_of=2)
-        expert_TK = rank_top_k(selection_TE, options.top_k, quantum=SCORE_QUANTUM)
-        weight_TK = scores_TE.gather(-1, expert_TK)  # the bias is for selection only
-        if options.renormalise:
-            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=1e-20)
+        rule = TopKRule(
+            top_k=options.top_k,
+            score=options.score,
+            ranks_scores=True,
+            weights="shares" if options.renormalise else "scores",
+        )
+        restrict = limit_to_groups(options.num_groups, options.kept_groups, best_of=2)
+        bias_E = self.bias_E.float()  # for selection only
+        expert_TK, weight_TK, scores_TE = choose_top_k(logits_TE, rule, bias_E=bias_E, restrict=restrict)
         return Routing.from_top_k(
             expert_TK,
             options.scale * weight_TK,
@@ -132,7 +134,7 @@ class LossFree(Router["LossFree.Config"]):
         family="token choice",
         equation="s = σ(W x),  I = top-k(s + b) within the best groups,  w = 2.5 · s_I / Σ s_I,  b as loss_free",
         paper="arXiv:2412.19437, section 2.1.2",
-        use="Hundreds of narrow experts in groups, balanced by a bias and a small loss within sequences.",
+        use="With hundreds of narrow experts in groups, balanced by a bias and a small loss within sequences.",
         beware="As loss_free. 8 experts per token and the factor 2.5 are meant for many experts; with few, set `top_k` "
         "and `scale`.",
         causality=Causality(causal=True, reason="as loss_free", batch_dependent=False),

@@ -21,7 +21,7 @@ from moebench.routing.values import LayerRecord
         family="soft",
         equation="M_e = softmax over the group (x W_e / τ),  m_e = Σ_t M_te x_t,  y_t = Σ_e M_te E_e(m_e)",
         paper="arXiv:2310.15961, section 3",
-        use="Soft mixing for decoders: no discrete choice, even loads, no balance loss.",
+        use="For soft mixing in decoders: there is no discrete choice, loads are even, and no balance loss is needed.",
         beware="Every output depends on the other sequences of its group, in evaluation too. Mixed tokens come from "
         "unrelated texts.",
         causality=Causality(

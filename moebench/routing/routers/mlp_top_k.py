@@ -14,8 +14,8 @@ from typing_extensions import override
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
+from moebench.routing.token_choice import TopKRule, choose_top_k
 from moebench.routing.values import Routing
 
 
@@ -24,9 +24,9 @@ from moebench.routing.values import Routing
         family="token choice",
         equation="p = softmax(A GELU(B x + b)),  w = p_top-k,  y = Σ_i w_i E_i(x)",
         paper="arXiv:2306.04640 (ModuleFormer; the gate is that of its released code)",
-        use="When a linear gate is too simple, and experts should be used evenly by confident choices.",
-        beware="The mutual information is 0 at collapse as at uniform routing, so training may start slowly. The gate "
-        "costs more than a linear one.",
+        use="When a linear gate is too simple, and experts should be used evenly although each choice is confident.",
+        beware="The mutual information is 0 both at collapse and at uniform routing, so training may start slowly. "
+        "The gate costs more than a linear one.",
         causality=Causality(
             causal=True,
             reason="each token is routed by its own vector; over capacity, the earlier token stays",
@@ -89,9 +89,7 @@ class MLPTopK(Router["MLPTopK.Config"]):
             kept_TH = ctx.uniform(*hidden_TH.shape) >= self.options.dropout
             hidden_TH = hidden_TH * kept_TH / (1 - self.options.dropout)
         logits_TE = self.gate(hidden_TH)
-        scores_TE = logits_TE.softmax(-1)
-        expert_TK = rank_top_k(logits_TE, self.top_k)
-        weight_TK = scores_TE.gather(-1, expert_TK)
+        expert_TK, weight_TK, scores_TE = choose_top_k(logits_TE, TopKRule(top_k=self.top_k))
         return Routing.from_top_k(
             expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
         )

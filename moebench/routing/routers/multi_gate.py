@@ -14,8 +14,8 @@ from typing_extensions import override
 from moebench.routing.context import RouteContext
 from moebench.routing.domains import append_mean, check_domains, get_domain_index
 from moebench.routing.gate import TRUNCATION
-from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
+from moebench.routing.token_choice import TopKRule, choose_top_k
 from moebench.routing.values import Routing
 
 INIT_SCALE = 0.1
@@ -27,7 +27,7 @@ INIT_SCALE = 0.1
         family="static",
         equation="p = softmax(W_g x),  g the domain of the token,  y = Σ_e p_e E_e(x)",
         paper="doi:10.1145/3219819.3220007, section 4.2 (MMoE)",
-        use="Multi-task learning with few experts and known domains.",
+        use="In multi-task learning with few experts and known domains.",
         beware="All experts are computed unless `top_k` is set. The gate of a domain with little data is poorly "
         "trained.",
         causality=Causality(
@@ -83,9 +83,7 @@ class MultiGate(Router["MultiGate.Config"]):
         gate_T = get_domain_index(ctx.domain_T, logits_TEG.shape[2])
         logits_TEG = logits_TEG if ctx.training else append_mean(logits_TEG, dim=2)
         logits_TE = logits_TEG.gather(2, gate_T.view(-1, 1, 1).expand(-1, self.num_experts, 1)).squeeze(2)
-        scores_TE = logits_TE.softmax(-1)
-        expert_TK = rank_top_k(logits_TE, self.top_k)
-        weight_TK = scores_TE.gather(-1, expert_TK)
+        expert_TK, weight_TK, scores_TE = choose_top_k(logits_TE, TopKRule(top_k=self.top_k))
         return Routing.from_top_k(
             expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
         )

@@ -14,9 +14,9 @@ from typing_extensions import override
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.losses import compute_squared_variation
-from moebench.routing.ranking import rank_top_k
 from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
+from moebench.routing.token_choice import TopKRule, choose_top_k
 from moebench.routing.values import LayerRecord, Routing
 
 MIN_NOISE_STD = 0.01
@@ -28,9 +28,10 @@ MIN_NOISE_STD = 0.01
         family="token choice",
         equation="h̃ = W x + N(0,1)·(softplus(W_n x) + 0.01),  w = softmax(h̃_top-k),  y = Σ_i w_i E_i(x)",
         paper="arXiv:1701.06538, eq. 3-5 and 8-10",
-        use="The first sparsely-gated MoE: exploration by learned noise, losses on both weights and loads.",
-        beware="Needs k ≥ 2. Noise makes training and evaluation differ, and its scale may shrink to 0 before experts "
-        "have specialised.",
+        use="For the router of the first sparsely-gated MoE: learned noise explores, and losses balance both weights "
+        "and loads.",
+        beware="It needs k ≥ 2. Noise makes training and evaluation differ, and its scale may shrink to 0 before "
+        "experts have specialised.",
         causality=Causality(
             causal=True, reason="each token is routed by its own vector and its own noise", batch_dependent=False
         ),
@@ -81,13 +82,14 @@ class NoisyTopK(Router["NoisyTopK.Config"]):
             std_TE = functional.softplus(self.noise_gate(x_TD)) + MIN_NOISE_STD
             noisy_TE = clean_TE + ctx.normal(*clean_TE.shape) * std_TE
             extras = {"load_E": estimate_smooth_load(clean_TE, noisy_TE, std_TE, self.top_k, ctx.valid_T)}
-        expert_TK = rank_top_k(noisy_TE, self.top_k)
+        rule = TopKRule(top_k=self.top_k, weights="softmax")
+        expert_TK, weight_TK, scores_TE = choose_top_k(noisy_TE, rule)
         routing = Routing.from_top_k(
             expert_TK,
-            noisy_TE.gather(-1, expert_TK).softmax(-1),
+            weight_TK,
             num_experts=self.num_experts,
             logits_TE=noisy_TE,
-            scores_TE=noisy_TE.softmax(-1),
+            scores_TE=scores_TE,
         )
         return replace(routing, extras=extras)
 

@@ -14,10 +14,10 @@ from moebench.errors import require
 from moebench.routing.budget import Knob
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.ranking import rank_top_k
 from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.selection import select
+from moebench.routing.token_choice import TopKRule, choose_top_k
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -26,9 +26,9 @@ from moebench.routing.values import LayerRecord, Routing
         family="adaptive computation",
         equation="p = softmax(W x) over E + m experts, of the top k those below E are used,  w = p_i / Σ of those",
         paper="arXiv:2406.13233, section 3",
-        use="Easy tokens should use fewer experts than hard ones, with a given number on average.",
-        beware="The balance loss controls the share of null choices on average only. A token with null choices only "
-        "keeps its residual.",
+        use="When easy tokens should use fewer experts than hard ones, and the mean number is given.",
+        beware="The balance loss controls the share of null choices only on average. A token whose choices are all "
+        "null keeps its residual.",
         causality=Causality(causal=True, reason="each token is routed by its own vector", batch_dependent=False),
         variable_k=True,
         budget=Knob(attribute="null_shift", low=-50.0, high=50.0, unit=-1.0),
@@ -81,9 +81,7 @@ class NullExperts(Router["NullExperts.Config"]):
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         is_null_N = torch.arange(self.gate.weight_ED.shape[0], device=x_TD.device) >= self.num_experts
         logits_TN = self.gate(x_TD) + self.null_shift * is_null_N
-        choice_TN = logits_TN.softmax(-1)
-        expert_TK = rank_top_k(logits_TN, self.top_k)
-        weight_TK = choice_TN.gather(-1, expert_TK)
+        expert_TK, weight_TK, choice_TN = choose_top_k(logits_TN, TopKRule(top_k=self.top_k))
         is_real_TK = expert_TK < self.num_experts
         weight_TK = weight_TK * is_real_TK
         weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=1e-20)

@@ -17,9 +17,9 @@ from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.histogram import count_by_expert, empty_histograms, find_value_below_top
 from moebench.routing.losses import recount_by_scores, sequence_balance
-from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
 from moebench.routing.reduction import LossValue
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
+from moebench.routing.token_choice import TopKRule, choose_top_k
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -29,8 +29,8 @@ from moebench.routing.values import LayerRecord, Routing
         equation="s = σ(W x),  I = top-k(s - β),  w = s_I;  after each step a_t = (k+1)-th best of s_t - β,"
         "  β_e = (Tk/E + 1)-th largest of s_te - a_t over its T tokens",
         paper="arXiv:2408.15664 (the bias); the quantile update is that of Megatron-LM's router",
-        use="As loss_free, where loads must be even within tens of steps.",
-        beware="Quantiles of few tokens are noisy: use at least 16 tokens per expert. Balance losses counteract it.",
+        use="As loss_free, when loads must be even within tens of steps.",
+        beware="Quantiles of few tokens are noisy: use at least 16 tokens per expert. A balance loss works against it.",
         causality=Causality(
             causal=True,
             reason="each token is routed by its own vector and prices set by past batches only",
@@ -86,11 +86,13 @@ class QuantileBalancing(Router["QuantileBalancing.Config"]):
     @override
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         logits_TE = self.gate(x_TD)
-        scores_TE = logits_TE.sigmoid()
-        expert_TK = rank_top_k(scores_TE - self.price_E.float(), self.options.top_k, quantum=SCORE_QUANTUM)
-        weight_TK = scores_TE.gather(-1, expert_TK)
-        if self.options.renormalise:
-            weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=1e-20)
+        rule = TopKRule(
+            top_k=self.options.top_k,
+            score="sigmoid",
+            ranks_scores=True,
+            weights="shares" if self.options.renormalise else "scores",
+        )
+        expert_TK, weight_TK, scores_TE = choose_top_k(logits_TE, rule, bias_E=-self.price_E.float())
         return Routing.from_top_k(
             expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
         )

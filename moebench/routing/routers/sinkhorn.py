@@ -14,7 +14,6 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.logit_router import LogitRouter
-from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import (
     ROUTERS,
     Causality,
@@ -24,6 +23,7 @@ from moebench.routing.router import (
     RouterTraits,
     check_top_k,
 )
+from moebench.routing.token_choice import TopKRule, choose_top_k
 from moebench.routing.values import Routing
 
 
@@ -33,9 +33,9 @@ from moebench.routing.values import Routing
         equation="Π = diag(u) exp(W x) diag(v) with even columns,  training: i = top-k of Π,  evaluation: of W x;  w = "
         "sigmoid(h_i) at k=1, softmax(h)_i else",
         paper="arXiv:2202.01169, section 3 and appendix B (S-BASE)",
-        use="Nearly even loads in training for less time than an exact assignment.",
-        beware="Not exactly even, so a capacity still drops. Training and evaluation route differently, and in "
-        "training the plan depends on later tokens.",
+        use="When loads should be nearly even in training, in less time than an exact assignment takes.",
+        beware="Loads are not exactly even, so tokens are still dropped at a capacity. Training and evaluation route "
+        "differently, and in training the plan depends on later tokens.",
         causality=Causality(
             causal=False,
             reason="in training, the scale of each expert is computed over all tokens of the batch",
@@ -92,15 +92,15 @@ class Sinkhorn(LogitRouter["Sinkhorn.Config"]):
 
     @override
     def assign(self, logits_TE: Tensor, ctx: RouteContext) -> Routing:
-        scores_TE = logits_TE.sigmoid() if self.top_k == 1 else logits_TE.softmax(-1)
-        ranked_TE = logits_TE.detach()
+        log_scale_E = None
         if ctx.training:
             # The row scale u is left out, because it does not change the order within a row.
-            ranked_TE = ranked_TE + compute_column_scale(ranked_TE, self.iterations, ctx.valid_T).log()
-        expert_TK = rank_top_k(ranked_TE, self.top_k)
+            log_scale_E = compute_column_scale(logits_TE.detach(), self.iterations, ctx.valid_T).log()
+        rule = TopKRule(top_k=self.top_k, score="sigmoid" if self.top_k == 1 else "softmax")
+        expert_TK, weight_TK, scores_TE = choose_top_k(logits_TE, rule, bias_E=log_scale_E)
         return Routing.from_top_k(
             expert_TK,
-            scores_TE.gather(1, expert_TK),
+            weight_TK,
             num_experts=self.num_experts,
             logits_TE=logits_TE,
             scores_TE=scores_TE,

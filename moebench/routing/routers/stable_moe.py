@@ -14,9 +14,9 @@ from typing_extensions import override
 from moebench.errors import UsageError, require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.ranking import rank_top_k
 from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig
+from moebench.routing.token_choice import TopKRule, choose_top_k
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -25,9 +25,10 @@ from moebench.routing.values import LayerRecord, Routing
         family="token choice",
         equation="y = σ(w_i·x) E_i(x),  i = argmax_e w_e·x, distilled into a student of the id;  later i = student(id)",
         paper="arXiv:2204.08396",
-        use="Routing that stays fixed while experts keep learning: a table of token ids, learned from the text.",
-        beware="Does not depend on context in stage 2. Evaluation in stage 1 uses the student, which may not have "
-        "learned much. Needs token ids.",
+        use="When routing should stay fixed while experts keep learning: it becomes a table of token ids, learned "
+        "from the text.",
+        beware="Routing does not depend on context in stage 2. Evaluation in stage 1 uses the student, which may not "
+        "have learned much yet. It needs token ids.",
         causality=Causality(
             causal=True, reason="each token is routed by its own vector, later by its own id", batch_dependent=False
         ),
@@ -79,13 +80,13 @@ class StableMoE(Router["StableMoE.Config"]):
     def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
         assert ctx.token_id_T is not None
         logits_TE = self.gate(x_TD)
-        scores_TE = logits_TE.sigmoid()
         student_TE = self.student(self.embedding_VD[ctx.token_id_T])
         is_stage_1 = ctx.training and ctx.step < self.options.stage_1_steps
-        expert_TK = rank_top_k(logits_TE if is_stage_1 else student_TE, 1)
+        rule = TopKRule(top_k=1, score="sigmoid")
+        expert_TK, weight_TK, scores_TE = choose_top_k(logits_TE, rule, ranked_TE=None if is_stage_1 else student_TE)
         return Routing.from_top_k(
             expert_TK,
-            scores_TE.gather(-1, expert_TK),
+            weight_TK,
             num_experts=self.num_experts,
             logits_TE=logits_TE,
             scores_TE=scores_TE,

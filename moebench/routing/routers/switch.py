@@ -14,8 +14,8 @@ from typing_extensions import override
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate, jitter, uniform_to_gumbel
-from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig
+from moebench.routing.token_choice import TopKRule, choose_top_k
 from moebench.routing.values import Routing
 
 
@@ -24,9 +24,9 @@ from moebench.routing.values import Routing
         family="token choice",
         equation="p = softmax(W x),  i = argmax_e p_e,  y = p_i · E_i(x)",
         paper="arXiv:2101.03961, section 2.1",
-        use="The simplest learned router: one expert per token, least compute and communication.",
-        beware="Collapses without its balance loss. With a capacity, late tokens are dropped first. Routing in half "
-        "precision has been seen to diverge; here it is fp32.",
+        use="As the simplest learned router: one expert per token, with the least compute and communication.",
+        beware="It collapses without its balance loss. With a capacity, late tokens are dropped first. Routing in "
+        "half precision has been seen to diverge; here it is computed in fp32.",
         causality=Causality(
             causal=True,
             reason="each token is routed by its own vector; over capacity, the earlier token stays",
@@ -77,14 +77,13 @@ class Switch(Router["Switch.Config"]):
             kept_TD = ctx.uniform(*x_TD.shape) >= self.options.dropout
             x_TD = x_TD * kept_TD / (1 - self.options.dropout)
         logits_TE = self.gate(x_TD)
-        scores_TE = logits_TE.softmax(-1)
-        ranked_TE = logits_TE.detach()
+        noisy_TE = None
         if exploration == "sample":
-            ranked_TE = ranked_TE + uniform_to_gumbel(ctx.uniform(*logits_TE.shape))
-        expert_TK = rank_top_k(ranked_TE, 1)
+            noisy_TE = logits_TE.detach() + uniform_to_gumbel(ctx.uniform(*logits_TE.shape))
+        expert_TK, weight_TK, scores_TE = choose_top_k(logits_TE, TopKRule(top_k=1), ranked_TE=noisy_TE)
         return Routing.from_top_k(
             expert_TK,
-            scores_TE.gather(-1, expert_TK),
+            weight_TK,
             num_experts=self.num_experts,
             logits_TE=logits_TE,
             scores_TE=scores_TE,

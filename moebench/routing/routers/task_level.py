@@ -15,8 +15,8 @@ from moebench.routing.context import RouteContext
 from moebench.routing.domains import append_mean, check_domains, get_domain_index
 from moebench.routing.gate import Gate
 from moebench.routing.linear_map import TABLE, LinearMap
-from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
+from moebench.routing.token_choice import TopKRule, choose_top_k
 from moebench.routing.values import Routing
 
 
@@ -25,7 +25,7 @@ from moebench.routing.values import Routing
         family="static",
         equation="p = softmax(W z),  z the embedding of the sequence's domain,  y = Σ_{i∈top-k} p_i/Σ E_i(x)",
         paper="arXiv:2110.03742, section 3.1 (TaskMoE)",
-        use="Known domains, and models from which the experts of one domain are extracted and served alone.",
+        use="When domains are known, and the experts of one domain should be extracted and served alone.",
         beware="All tokens of a domain share their experts: with fewer domains than experts some are idle, and loads "
         "are those of the data.",
         causality=Causality(causal=True, reason="the domain is given with the text", batch_dependent=False),
@@ -80,12 +80,11 @@ class TaskLevel(Router["TaskLevel.Config"]):
         return self._route_logits(self.gate(append_mean(self.embedding_GD)[row_T]))
 
     def _route_logits(self, logits_TE: Tensor) -> Routing:
-        scores_TE = logits_TE.softmax(-1)
-        expert_TK = rank_top_k(logits_TE, self.top_k)
-        weight_TK = scores_TE.gather(-1, expert_TK)
+        rule = TopKRule(top_k=self.top_k, weights="shares")
+        expert_TK, weight_TK, scores_TE = choose_top_k(logits_TE, rule)
         return Routing.from_top_k(
             expert_TK,
-            weight_TK / weight_TK.sum(-1, keepdim=True),
+            weight_TK,
             num_experts=self.num_experts,
             logits_TE=logits_TE,
             scores_TE=scores_TE,
@@ -101,9 +100,9 @@ class TaskLevel(Router["TaskLevel.Config"]):
         family="static",
         equation="p = softmax(W z),  z = mean of the sequence's token vectors,  y = Σ_{i∈top-k} p_i/Σ E_i(x)",
         paper="arXiv:2110.03742, section 3.1 (sentence-level routing)",
-        use="One choice per sequence without labels, in encoders.",
-        beware="The mean includes later tokens: not for autoregressive models. Loads are uneven, because whole "
-        "sequences are routed together.",
+        use="For one choice per sequence without labels, in encoders.",
+        beware="The mean includes later tokens, so it does not suit autoregressive models. Loads are uneven, because "
+        "whole sequences are routed together.",
         causality=Causality(
             causal=False, reason="the mean is over the whole sequence", batch_dependent=False, reads_sequence=True
         ),

@@ -15,10 +15,11 @@ from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
 from moebench.routing.losses import compute_squared_variation
-from moebench.routing.ranking import log_scores, rank_top_k
+from moebench.routing.ranking import log_scores
 from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
 from moebench.routing.routers.noisy_top_k import estimate_smooth_load
+from moebench.routing.token_choice import TopKRule, choose_top_k
 from moebench.routing.values import LayerRecord, Routing
 
 
@@ -27,9 +28,9 @@ from moebench.routing.values import LayerRecord, Routing
         family="token choice",
         equation="p = softmax(W x + N(0, (σ/E)²)),  w = p_top-k;  slots go to first choices by descending max_e p",
         paper="arXiv:2106.05974, section 2 and appendix C (batch prioritized routing)",
-        use="Vision at small capacity: the patches that are dropped matter least.",
-        beware="With a capacity, later tokens displace earlier ones: not for autoregressive models. Little gain when "
-        "nothing is dropped.",
+        use="In vision at a small capacity: the patches that are dropped matter least.",
+        beware="With a capacity, later tokens displace earlier ones, so it does not suit autoregressive models. There "
+        "is little gain when nothing is dropped.",
         causality=Causality(
             causal=True,
             reason="dropless, each token is routed by its own vector and its own noise",
@@ -90,9 +91,7 @@ class VMoE(Router["VMoE.Config"]):
             noisy_TE = clean_TE + std * ctx.normal(*clean_TE.shape)
             std_TE = torch.full_like(clean_TE, std)
             extras = {"load_E": estimate_smooth_load(clean_TE, noisy_TE, std_TE, top_k, ctx.valid_T)}
-        scores_TE = noisy_TE.softmax(-1)
-        expert_TK = rank_top_k(noisy_TE, top_k)
-        weight_TK = scores_TE.gather(-1, expert_TK)
+        expert_TK, weight_TK, scores_TE = choose_top_k(noisy_TE, TopKRule(top_k=top_k))
         routing = Routing.from_top_k(
             expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=clean_TE, scores_TE=scores_TE
         )

@@ -15,8 +15,8 @@ from typing_extensions import override
 from moebench.errors import require
 from moebench.routing.context import RouteContext
 from moebench.routing.gate import Gate
-from moebench.routing.ranking import rank_top_k
 from moebench.routing.router import ROUTERS, Causality, Facts, Router, RouterBuildContext, RouterConfig, check_top_k
+from moebench.routing.token_choice import TopKRule, choose_top_k
 from moebench.routing.values import Routing
 
 MAX_SCALE = 100.0
@@ -89,9 +89,7 @@ class XMoE(Router["XMoE.Config"]):
         expert_ER = functional.normalize(self.expert_ER.float(), dim=-1, eps=1e-6)
         scale = self.log_scale.float().clamp(max=math.log(MAX_SCALE)).exp()
         logits_TE = scale * functional.linear(token_TR, expert_ER)
-        scores_TE = logits_TE.softmax(-1)
-        expert_TK = rank_top_k(logits_TE, self.top_k)
-        weight_TK = scores_TE.gather(-1, expert_TK)
+        expert_TK, weight_TK, scores_TE = choose_top_k(logits_TE, TopKRule(top_k=self.top_k))
         return Routing.from_top_k(
             expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=scores_TE
         )

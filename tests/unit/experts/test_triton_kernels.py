@@ -18,10 +18,10 @@ from moebench.experts.activation import activate
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.kernels import activation as activation_operators
-from moebench.experts.kernels import backend
 from moebench.experts.kernels import rows as row_operators
 from moebench.experts.reference import double_loop
 from moebench.experts.weighted_rows import WeightedExperts
+from moebench.routing.kernels import backend
 from moebench.routing.values import Routing
 
 pytest.importorskip("triton")

@@ -1,15 +1,19 @@
 """The reason of a failure in one line."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from moebench.compatibility import check_cell
 from moebench.config import resolve
 from moebench.errors import UsageError
-from moebench.launch.error_report import describe_error
+from moebench.launch.error_report import describe_cell_error, describe_error
 from moebench.launch.failure import describe_start_error
 from moebench.registry import get_registry
 from moebench.routing.router import check_top_k
+from moebench.runs.cell import Cell
+from moebench.runs.folder import RunFolder
 
 
 @pytest.mark.parametrize("size", [10**15, 10**18])
@@ -24,6 +28,20 @@ def test_other_errors_of_torch_are_not() -> None:
     with pytest.raises(RuntimeError) as failure:
         torch.ones(2) @ torch.ones(3)
     assert describe_error(failure.value).startswith("RuntimeError: ")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_named"),
+    [(TypeError("not a tensor"), True), (UsageError("a rule"), False), (OSError(5, "disk"), False)],
+)
+def test_an_error_in_a_cell_with_plugins_names_them(tmp_path: Path, error: Exception, is_named: bool) -> None:
+    folder = RunFolder(tmp_path / "ab01")
+    assert describe_cell_error(error, folder) == describe_error(error)  # a folder without a cell
+    plugins = ("/my/router.py",)
+    cell = Cell(id="ab01", arm="mine", seed=0, config=resolve({}), varies={}, plugins=plugins, data_digest="d")
+    folder.write_cell(cell.to_dict("tiny"))
+    hint = " (plug-ins of the cell: /my/router.py)" if is_named else ""
+    assert describe_cell_error(error, folder) == describe_error(error) + hint
 
 
 def test_a_start_that_fails_names_the_file_or_the_reason() -> None:

@@ -5,56 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from support.broken_plugins import ROUTER, assert_one_line, write_broken
 from support.training_cases import Run, tiny_config, write_text
 
+from moebench.bench.router.measure import Settings, measure
 from moebench.errors import UsageError
 from moebench.experiment.grid import expand_config
 from moebench.registry import load_plugin
 from moebench.schema import ExperimentConfig
 from moebench.training.model import build_model, prepare_task
 
-PLUGIN = '''
-from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor, nn
-
-from moebench.routing.context import RouteContext
-from moebench.routing.gate import Gate
-from moebench.routing.router import ROUTERS, Causality, Facts, Form, Router, RouterBuildContext, RouterConfig
-from moebench.routing.values import Routing
-
-
-@ROUTERS.register(
-    Facts(
-        family="token choice",
-        equation="y = x",
-        paper="arXiv:0000.00000",
-        causality=Causality(causal=True, reason="each token is routed by its own vector", batch_dependent=False),
-    )
-)
-class Broken(Router):
-    """Send each token to its best expert."""
-
-    @dataclass(frozen=True, kw_only=True)
-    class Config(RouterConfig):
-        """Options."""
-
-        name: str = "broken"
-
-    def __init__(self, config: Config, context: RouterBuildContext) -> None:
-        super().__init__(config, context)
-        self.gate = Gate(context.d_model, context.num_experts)
-
-    def forward(self, x_TD: Tensor, ctx: RouteContext) -> Routing:
-        logits_TE = self.gate(x_TD)
-        weight_TK, expert_TK = logits_TE.softmax(-1).topk(1)
-        return Routing.from_top_k(
-            expert_TK, weight_TK, num_experts=self.num_experts, logits_TE=logits_TE, scores_TE=logits_TE.softmax(-1)
-        )
-'''
 GATE = "        self.gate = Gate(context.d_model, context.num_experts)\n"
-FACTS = PLUGIN[PLUGIN.index("    Facts(\n") : PLUGIN.index(")\nclass Broken")]
+FACTS = ROUTER[ROUTER.index("    Facts(\n") : ROUTER.index(")\nclass Broken")]
 
 REGISTRATION = {
     "an unknown fact": ('family="token choice",', 'famly="token choice",', ["unexpected keyword argument 'famly'"]),
@@ -76,6 +38,31 @@ REGISTRATION = {
         '        name: str = "broken"\n        depth: int\n',
         ["option 'depth' of its Config needs a default"],
     ),
+    "a Config of its own": (
+        "class Config(RouterConfig):",
+        "class Config:",
+        ["its Config must derive from RouterConfig"],
+    ),
+    "causality that is text": (
+        FACTS[FACTS.index("causality=") : -1],
+        "causality='none',\n    )\n",
+        ["Facts(causality)"],
+    ),
+    "an update without statistics": (
+        "    def forward(",
+        "    def after_step(self, load_E):\n        pass\n\n    def forward(",
+        ["after_step must take (load_E, statistics), got after_step(self, load_E)"],
+    ),
+    "losses that are a value": (
+        "    def __init__",
+        "    losses = {}\n\n    def __init__",
+        ["losses must be a method"],
+    ),
+    "traits that are a method": (
+        "    def __init__",
+        "    def traits(self):\n        return None\n\n    def __init__",
+        ["traits must be a property"],
+    ),
 }
 """What is replaced in the plug-in, by what, and what the error names; refused when the file is loaded."""
 
@@ -88,6 +75,26 @@ BUILDING = {
         f"{GATE}",
         f"{GATE}        self.scale = nn.Parameter(torch.ones(3, dtype=torch.float16))\n",
         ["parameter 'scale' must be float32, got torch.float16"],
+    ),
+    "an __init__ that leaves out the base class": (
+        "super().__init__(config, context)",
+        "nn.Module.__init__(self)",
+        ["must begin with super().__init__(config, context)"],
+    ),
+    "costs that fail": (
+        "    def forward(",
+        "    def flops_per_token(self):\n        return self.nothing\n\n    def forward(",
+        ["costs and traits: AttributeError", "'nothing'"],
+    ),
+    "costs that are missing": (
+        "    def forward(",
+        "    def rows_per_token(self, experts_per_token):\n        pass\n\n    def forward(",
+        ["rows_per_token must return a number of at least 0, got None"],
+    ),
+    "traits of another type": (
+        "    def __init__",
+        "    traits = property(lambda self: {})\n\n    def __init__",
+        ["traits must be RouterTraits(...), got {}"],
     ),
 }
 """Refused when the cell is planned."""
@@ -126,6 +133,16 @@ PLANNING = {
         f"    def losses(self, record):\n        return {{'mine': 0}}\n\n{METHOD}",
         ["Facts.own_losses must name what losses() returns"],
     ),
+    "a default loss that does not exist": (
+        '        name: str = "broken"\n',
+        '        name: str = "broken"\n        losses: dict = field(default_factory=lambda: {"balance": 1.0})\n',
+        ["Config.losses: 'balance' is unknown", "Did you mean 'load_balance'?"],
+    ),
+    "a coefficient below 0": (
+        '        name: str = "broken"\n',
+        '        name: str = "broken"\n        losses: dict[str, float] = field(default_factory=lambda: {"z": -1.0})\n',
+        ["Config.losses.z must be at least 0, got -1.0"],
+    ),
     "a coefficient that is text": (
         '        name: str = "broken"\n',
         '        name: str = "broken"\n        losses: dict[str, float] = field(default_factory=lambda: {"z": "x"})\n',
@@ -162,20 +179,6 @@ ROUTING = {
 """Fail the cell when it is trained."""
 
 
-def write_broken(plugin: Any, old: str, new: str) -> str:
-    """Write the plug-in with one mistake and return its path."""
-    assert PLUGIN.count(old) == 1, old
-    # A text that was loaded before is not loaded again: every test has its own.
-    return plugin.write(f"# {plugin.folder}\n{PLUGIN.replace(old, new)}", name="my_router.py")
-
-
-def assert_one_line(error: BaseException, words: list[str], file: str) -> None:
-    """Check that an error is one line that names the file and the rule."""
-    assert "\n" not in str(error)
-    for word in [*words, Path(file).name]:
-        assert word in str(error)
-
-
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text"))
@@ -183,7 +186,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("old", "new", "words"), REGISTRATION.values(), ids=REGISTRATION)
 def test_registration_rules(plugin: Any, old: str, new: str, words: list[str]) -> None:
-    path = write_broken(plugin, old, new)
+    path = write_broken(plugin, ROUTER, old, new, "my_router.py")
     with pytest.raises(UsageError) as caught:
         load_plugin(path)
     assert_one_line(caught.value, words, path)
@@ -196,7 +199,7 @@ def test_registration_rules(plugin: Any, old: str, new: str, words: list[str]) -
 def test_build_rules(
     plugin: Any, text: Path, tmp_path: Path, old: str, new: str, words: list[str], layout: dict[str, Any]
 ) -> None:
-    path = write_broken(plugin, old, new)
+    path = write_broken(plugin, ROUTER, old, new, "my_router.py")
     load_plugin(path)
     config = tiny_config(text, router="broken", layout=layout)
     task = prepare_task(config, tmp_path)
@@ -207,7 +210,7 @@ def test_build_rules(
 
 @pytest.mark.parametrize(("old", "new", "words"), PLANNING.values(), ids=PLANNING)
 def test_planning_rules(plugin: Any, text: Path, old: str, new: str, words: list[str]) -> None:
-    path = write_broken(plugin, old, new)
+    path = write_broken(plugin, ROUTER, old, new, "my_router.py")
     task = {"name": "language", "data": {"path": str(text), "tokenizer": "bytes"}}
     config = ExperimentConfig(base={"task": task}, grid={"router": ["broken"]}, baseline="broken")
     with pytest.raises(UsageError) as caught:
@@ -217,7 +220,7 @@ def test_planning_rules(plugin: Any, text: Path, old: str, new: str, words: list
 
 @pytest.mark.parametrize(("old", "new", "words"), ROUTING.values(), ids=ROUTING)
 def test_routing_rules(plugin: Any, text: Path, tmp_path: Path, old: str, new: str, words: list[str]) -> None:
-    path = write_broken(plugin, old, new)
+    path = write_broken(plugin, ROUTER, old, new, "my_router.py")
     load_plugin(path)
     with pytest.raises(UsageError) as caught:
         Run(tiny_config(text, router="broken"), tmp_path)()
@@ -225,5 +228,13 @@ def test_routing_rules(plugin: Any, text: Path, tmp_path: Path, old: str, new: s
 
 
 def test_the_unbroken_plugin_trains(plugin: Any, text: Path, tmp_path: Path) -> None:
-    load_plugin(plugin.write(PLUGIN, name="my_router.py"))
+    load_plugin(plugin.write(ROUTER, name="my_router.py"))
     assert Run(tiny_config(text, router="broken"), tmp_path)() is not None
+
+
+def test_the_benchmark_of_routers_keeps_the_rules_too(plugin: Any) -> None:
+    path = write_broken(plugin, ROUTER, *ROUTING["a tensor"][:2], "my_router.py")
+    load_plugin(path)
+    with pytest.raises(UsageError) as caught:
+        measure(Settings(routers=("broken",), tokens=(64,), experts=(4,), rounds=1, device="cpu"))
+    assert_one_line(caught.value, [*ROUTING["a tensor"][2], "'broken'"], path)

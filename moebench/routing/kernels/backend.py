@@ -1,4 +1,4 @@
-"""Which kernels compute what happens between the matrix products: Triton's, liger-kernel's, or torch's operators."""
+"""What computes selections, sorts and all between the matrix products: Triton's kernels, liger-kernel's, or torch."""
 
 import functools
 import importlib.util
@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from moebench.errors import UsageError, unknown
+from moebench.errors import UsageError, build_unknown_error
 
 SWITCH = "MOEBENCH_KERNELS"
 """Environment variable that names one of `CHOICES`; without it, `auto`."""
@@ -29,7 +29,7 @@ def read_choice() -> str:
     """Return the choice of this process; raise UsageError for an unknown one."""
     choice = os.environ.get(SWITCH) or "auto"
     if choice not in CHOICES:
-        raise unknown(SWITCH, choice, CHOICES)
+        raise build_unknown_error(SWITCH, choice, CHOICES)
     return choice
 
 
@@ -53,7 +53,7 @@ def uses_triton(tensor: Tensor) -> bool:
     While a graph is traced the answer is no: the compiler makes kernels of its own from torch's operators. Raises
     UsageError where the choice of this process cannot be used.
     """
-    if tensor.dtype not in DTYPES or tensor.device.type not in ("cpu", "cuda") or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or tensor.dtype not in DTYPES or tensor.device.type not in ("cpu", "cuda"):
         return False
     require_kernels(on_gpu=tensor.is_cuda)
     choice = read_choice()
@@ -76,10 +76,10 @@ def compiles_kernels(device: torch.device) -> bool:
     """Return whether a kernel can be compiled for a GPU, which needs a C compiler; the host does not wait for it."""
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return False
-    from moebench.experts.kernels.gpu import rows
+    from moebench.routing.kernels.gpu import counting_sort
 
     try:
-        rows.gather(torch.zeros(1, 16, device=device), torch.zeros(1, dtype=torch.int64, device=device))
+        counting_sort.sort(torch.zeros(1, dtype=torch.int64, device=device), None, 1)
     except Exception as error:  # whatever the compiler, the driver or the installation raises
         reason = str(error).strip().splitlines() or [type(error).__name__]
         warnings.warn(f"Triton compiles no kernel here, torch's operators are used: {reason[-1]}", stacklevel=2)

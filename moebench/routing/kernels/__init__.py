@@ -1,0 +1,1 @@
+"""Which kernels compute where tokens go, and those written in Triton."""
