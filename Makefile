@@ -41,8 +41,8 @@ bench: $(VENV)/installed  ## speed of the layer, of each router, of a training s
 	$(BIN)/moebench bench step
 	$(BIN)/moebench bench parallel
 
-docs: $(VENV)/installed  ## write docs/routers.md, docs/configuration.md and docs/metrics.md from the registries and the schema
-	$(BIN)/moebench show --all-routers > docs/routers.md
+docs: $(VENV)/installed  ## write docs/routers.md, docs/routers/, docs/configuration.md and docs/metrics.md from the registries and the schema
+	$(BIN)/moebench show --all-routers --out docs
 	$(BIN)/moebench show --all-options > docs/configuration.md
 	$(BIN)/moebench list metrics --markdown > docs/metrics.md
 

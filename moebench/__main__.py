@@ -6,7 +6,7 @@ import os
 import sys
 
 from moebench import interrupts
-from moebench.process_setup import end_process, prepare_process, silent_exit_refused
+from moebench.process_setup import end_process, prepare_process, refuse_silent_exit
 
 FILE_ERRORS = (
     errno.EACCES,
@@ -33,7 +33,7 @@ def main() -> None:
     prepare_process()
     interrupts.record_interrupts()
     try:
-        with silent_exit_refused():
+        with refuse_silent_exit():
             code = _run()
         codes.append(130 if interrupts.received and code == 0 else code)
     except KeyboardInterrupt:

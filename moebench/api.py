@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moebench.errors import UsageError as UsageError
-from moebench.errors import unknown
+from moebench.errors import build_unknown_error
 from moebench.process_setup import hide_main_module
 from moebench.standalone import MoE as MoE
 from moebench.standalone import MoERecord as MoERecord
@@ -111,7 +111,7 @@ def compare(
     if margin is not None:
         check_margin(margin, "margin")
     if split not in SPLITS:
-        raise unknown("split", split, SPLITS)
+        raise build_unknown_error("split", split, SPLITS)
     if not isinstance(runs, Experiment | str | Path):
         share = DEFAULT_MARGIN if margin is None else margin
         return _compare_runs(list(runs), Path(results), baseline, split, allow_mismatch=allow_mismatch, margin=share)
@@ -159,7 +159,7 @@ def pool(
     from moebench.analysis.pooled.experiments import pool_experiments
 
     if split not in SPLITS:
-        raise unknown("split", split, SPLITS)
+        raise build_unknown_error("split", split, SPLITS)
     trained = [_find_trained(experiment, Path(results)) for experiment in experiments]
     if len(trained) < 2:
         raise UsageError(f"pool: got {len(trained)} experiments (allowed: at least 2; `compare` takes one)")

@@ -20,18 +20,19 @@ class CheckpointConfig:
     """Options of `train` that choose the number of steps, and at which of them weights are saved."""
 
     LEFT_OUT_AT_DEFAULT: ClassVar[tuple[str, ...]] = ("skip_batches",)
-    """Keys that are no part of a cell's id at their defaults: ids from before they existed stay the same."""
+    """Keys that are not part of a cell's id at their defaults, so that ids from before they existed stay the same."""
 
     steps: int = 1800
-    """Optimizer updates."""
+    """Number of optimizer updates."""
     skip_batches: int = 0
-    """Batches, in the order of the data, left out before the first update: those of the steps of a parent, so that a
-    run that continues one (`init`) reads what comes next, and runs of one seed can share the data among them."""
+    """Number of batches, in the order of the data, that are left out before the first update: those of the steps of a
+    parent, so that a run that continues one (`init`) reads what comes next, and runs of one seed can share the data
+    among them."""
     checkpoint_every: int = 300
     """Updates between checkpoints."""
     keep_checkpoints: list[int | str] = field(default_factory=list)
-    """Steps whose weights are kept, as numbers or as percentages of steps: [1%, 5%, 20%, 50%]. Without the optimizer's
-    state: a third of a checkpoint or less. `moebench probe --show history` reads them."""
+    """Steps whose weights are kept, as numbers or as percentages of steps: [1%, 5%, 20%, 50%]. They are stored without
+    the optimizer's state, in a third of a checkpoint's size or less. `moebench probe --show history` reads them."""
 
     @cached_property
     def kept_steps(self) -> list[int]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from moebench.causality import find_leak, must_be_causal
-from moebench.errors import UsageError, unknown
+from moebench.errors import UsageError, build_unknown_error
 from moebench.experts.assembly import RouterPlan
 from moebench.experts.capacity import Capacity
 from moebench.experts.contract import plan_layout
@@ -164,7 +164,7 @@ def refuse_losses(c: Combination) -> Iterator[str]:
         is_default = defaults.get(loss) == coefficient
         where = f"{c.router.label}: Config.losses" if is_default else "router.losses"  # where the mistake is
         if loss not in known:
-            yield str(unknown(where, loss, known))
+            yield str(build_unknown_error(where, loss, known))
         if not coefficient >= 0:
             yield f"{where}.{loss} must be at least 0, got {coefficient}"
         elif math.isinf(coefficient):

@@ -31,7 +31,7 @@ class RouterConfig:
     """Options that every router has; each router's own Config adds its name and its options."""
 
     LEFT_OUT_AT_DEFAULT: ClassVar[tuple[str, ...]] = ()
-    """Keys that are no part of a cell's id at their defaults: ids from before they existed stay the same."""
+    """Keys that are not part of a cell's id at their defaults, so that ids from before they existed stay the same."""
 
     name: str
     losses: dict[str, float] = field(default_factory=dict)
@@ -76,9 +76,9 @@ class LayoutConfig:
     expert_activation: Literal["gelu", "swiglu"] | None = None
     """Activation of routed and shared experts; null: model.activation."""
     match: Literal["flops", "measured_flops", "params", "none"] = "flops"
-    """Quantity that expert widths are solved for: FLOPs per token or total parameters; none: model.ffn_width.
-    measured_flops: as flops, and training adjusts routers with variable experts per token until the mean of the FLOPs
-    that are executed is that of the dense model."""
+    """Quantity that expert widths are solved for: FLOPs per token or total parameters; none: experts are as wide as
+    model.ffn_width. measured_flops: as flops, and training adjusts routers with a variable number of experts per token
+    until the mean of their executed FLOPs is that of the dense model."""
     total_params: float = 1.0
     """With match=params: parameters of a block with experts, as a multiple of those of a dense block."""
     depth: int = 1
@@ -86,14 +86,14 @@ class LayoutConfig:
     capacity_factor_train: float | None = None
     """Capacity factor f in training: slots per expert as a multiple of the even load T·k/E; null: dropless."""
     capacity_factor_eval: float | None = None
-    """Capacity factor in evaluation; null: dropless, which is the number to compare."""
+    """Capacity factor in evaluation; null: dropless, which is the result to compare."""
     capacity_rule: Literal["megatron", "vmoe", "switch", "deepspeed"] = "megatron"
     """Slots per expert. megatron: ceil(T·k·f/E); vmoe: rounded up to a multiple of 4; deepspeed: at least 4; switch:
     int(T·f/E), at least 4."""
     drop_order: Literal["router", "position", "score", "priority", "random"] = "router"
     """Order in which assignments get slots. router: the router's own priority, else position; position: earlier tokens
-    first; score: larger weights first, first and second choices alike; priority: first choices before second ones, each
-    by the largest weight of the token (V-MoE's batch priority routing); random."""
+    first; score: larger weights first, whether first or second choices; priority: first choices before second ones,
+    each by the largest weight of the token (V-MoE's batch priority routing); random."""
     overflow: Literal["drop", "reroute", "pass"] = "drop"
     """Output of an assignment without a slot: drop (zero), reroute (one of the three next best experts), pass (weight
     times input)."""

@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from moebench.errors import UsageError, nearest
+from moebench.errors import UsageError, suggest
 from moebench.ranges import check_undeclared
-from moebench.yaml_text import MalformedYaml, Plain
+from moebench.yaml_text import MalformedYaml, PlainScalar
 
 T = TypeVar("T")
 
@@ -70,10 +70,10 @@ def convert(value: Any, kind: Any, key: str) -> Any:
         return _fit(value, kind, key)
     except _MismatchError:
         allowed = _describe(kind)
-        if isinstance(value, str) and not isinstance(value, Plain) and _fits(Plain(value), kind, key):
+        if isinstance(value, str) and not isinstance(value, PlainScalar) and _fits(PlainScalar(value), kind, key):
             allowed += ", without quotes"
         options = [option for option in get_args(kind) if isinstance(option, str)]
-        near = nearest(str(value), options) if isinstance(value, str) else ""
+        near = suggest(str(value), options) if isinstance(value, str) else ""
         problem = f" ({value.problem})" if isinstance(value, MalformedYaml) else ""
         raise UsageError(f"{key}: {_show(value)} was given{problem}.{near} Allowed: {allowed}") from None
 
@@ -99,14 +99,14 @@ def _fits(value: Any, kind: Any, key: str) -> bool:
 
 
 def _read_null(value: Any, kind: Any, key: str) -> None:
-    if value is not None and not (isinstance(value, Plain) and value in NULL):
+    if value is not None and not (isinstance(value, PlainScalar) and value in NULL):
         raise _MismatchError
 
 
 def _read_bool(value: Any, kind: Any, key: str) -> bool:
     if isinstance(value, bool):
         return value
-    if isinstance(value, Plain) and value.strip() in TRUTH:
+    if isinstance(value, PlainScalar) and value.strip() in TRUTH:
         return TRUTH[value.strip()]
     raise _MismatchError
 
@@ -114,7 +114,7 @@ def _read_bool(value: Any, kind: Any, key: str) -> bool:
 def _read_int(value: Any, kind: Any, key: str) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    spelled = INTEGER.fullmatch(value.strip()) if isinstance(value, Plain) else None
+    spelled = INTEGER.fullmatch(value.strip()) if isinstance(value, PlainScalar) else None
     if spelled is None:
         raise _MismatchError
     base = {"decimal": 10, "octal": 8, "hex": 16}[spelled.lastgroup or "decimal"]
@@ -124,7 +124,7 @@ def _read_int(value: Any, kind: Any, key: str) -> int:
 def _read_float(value: Any, kind: Any, key: str) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(str(value))  # infinity instead of an error for very large integers
-    if not isinstance(value, Plain) or not NUMBER.fullmatch(value.strip()):
+    if not isinstance(value, PlainScalar) or not NUMBER.fullmatch(value.strip()):
         raise _MismatchError
     text = value.strip()
     return float(re.sub(r"\.(?=[in])", "", text.lower()))
@@ -133,7 +133,7 @@ def _read_float(value: Any, kind: Any, key: str) -> float:
 def _read_text(value: Any, kind: Any, key: str) -> str:
     if hasattr(value, "source"):
         return str(value.source)
-    if not isinstance(value, str) or (isinstance(value, Plain) and value in NULL):
+    if not isinstance(value, str) or (isinstance(value, PlainScalar) and value in NULL):
         raise _MismatchError
     return str(value)
 
@@ -178,7 +178,7 @@ def _read_any(value: Any, kind: Any, key: str) -> Any:
         return {str(name): _read_any(item, kind, key) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_read_any(item, kind, key) for item in value]
-    if not isinstance(value, Plain):
+    if not isinstance(value, PlainScalar):
         return value
     member = next((member for member in (types.NoneType, bool, int, float) if _fits(value, member, key)), str)
     return _fit(value, member, key)
@@ -248,11 +248,11 @@ def _explain_unknown_key(config: Any, path: str, hints: Mapping[str, Any]) -> Us
     parent, _, leaf = path.rpartition(".")
     name = getattr(config, "name", None) if "." not in parent else None
     owner = f"{parent} '{name}'" if parent and name else (parent or "the top level")
-    return UsageError(f"{path}: {owner} has no key '{leaf}'.{nearest(leaf, hints)} Allowed: {', '.join(sorted(hints))}")
+    return UsageError(f"{path}: {owner} has no key '{leaf}'.{suggest(leaf, hints)} Allowed: {', '.join(sorted(hints))}")
 
 
 def _show(value: Any) -> str:
-    if value is None or (isinstance(value, Plain) and value in NULL):
+    if value is None or (isinstance(value, PlainScalar) and value in NULL):
         return "null"
     shown = repr(str(getattr(value, "source", value))) if isinstance(value, str | list | dict) else str(value)
     return shown if len(shown) <= MAX_SHOWN_LENGTH else f"{shown[:MAX_SHOWN_LENGTH]}..."

@@ -12,16 +12,16 @@ class UsageError(Exception):
         super().__init__(" ".join(message.splitlines()))
 
 
-def nearest(given: str, allowed: Iterable[str]) -> str:
+def suggest(given: str, allowed: Iterable[str]) -> str:
     """Return the text " Did you mean 'x'?" for the closest allowed name, or an empty string if none is close."""
     close = get_close_matches(given, list(allowed), n=1, cutoff=0.55)
     return f" Did you mean '{close[0]}'?" if close else ""
 
 
-def unknown(kind: str, given: str, allowed: Iterable[str]) -> UsageError:
+def build_unknown_error(kind: str, given: str, allowed: Iterable[str]) -> UsageError:
     """Return the error for an unknown name, with the closest and all allowed ones."""
     names = sorted(allowed)
-    return UsageError(f"{kind}: '{given}' is unknown.{nearest(given, names)} Allowed: {list_some(names)}")
+    return UsageError(f"{kind}: '{given}' is unknown.{suggest(given, names)} Allowed: {list_some(names)}")
 
 
 MAX_NAMES = 200

@@ -99,22 +99,23 @@ class InitConfig:
     """Parent whose weights are taken: run:ID (or run:ID@STEP, of train.keep_checkpoints), a run of the same results
     folder; hf:FOLDER, a model of transformers; stage:NAME, in an experiment with stages. null: none."""
     digest: str | None = None
-    """With hf:FOLDER: SHA-256 of the content of the folder, which is computed and recorded; given, it is required."""
+    """With hf:FOLDER: SHA-256 of the content of the folder, which is computed and recorded; if given, the folder must
+    have it."""
     combine: Literal["experts", "average"] | None = None
-    """How several parents become one model. average: the mean of their weights. experts: of dense parents, the
-    feed-forward network of each is an expert, in their order, and all other weights are averaged (branch-train-mix,
+    """How several parents become one model. average: the mean of their weights. experts: the feed-forward network of
+    each dense parent becomes an expert, in their order, and all other weights are averaged (branch-train-mix,
     arXiv:2403.07816). null: there is one parent."""
     combine_weights: list[float] = field(default_factory=list)
-    """Weight of each parent in a mean, in their order; they are divided by their sum. Empty: equal ones."""
+    """Weight of each parent in a mean, in their order; they are divided by their sum. Empty: equal weights."""
     upcycle: UpcycleConfig = field(default_factory=UpcycleConfig)
     """How experts are made from dense networks."""
     new_experts: Literal["random", "mean", "nearest"] = "random"
-    """Weights of the experts that a bank has beyond those of its parent's. random: their own initial weights. mean: the
-    mean of the parent's experts. nearest, of the routers by domain: a copy of the expert with the lowest loss on the
-    training text of the new domain (DEMix, arXiv:2108.05036, section 6)."""
+    """Initial weights of the experts that a bank has in addition to those of its parent. random: their own initial
+    weights. mean: the mean of the parent's experts. nearest, for the routers by domain: a copy of the expert with the
+    lowest loss on the training text of the new domain (DEMix, arXiv:2108.05036, section 6)."""
     allow_overlap: bool = False
-    """Train also where the parent's training text has test documents of this cell, which else is refused: a gain on
-    them is memory. No part of the id."""
+    """Train even if the parent's training text contains test documents of this cell. By default this is refused,
+    because a gain on such documents may be memorised. Not part of the id."""
 
     def __post_init__(self) -> None:
         num_parents = len(self.parents)

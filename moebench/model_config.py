@@ -29,11 +29,11 @@ class ModelConfig:
     d_model: int = 64
     """Width of the residual stream."""
     num_layers: int = 2
-    """Transformer blocks."""
+    """Number of transformer blocks."""
     num_heads: int = 2
-    """Attention heads; d_model / num_heads must be an even whole number."""
+    """Number of attention heads; d_model / num_heads must be an even whole number."""
     num_kv_heads: int | None = None
-    """Heads of keys and values, each for num_heads / num_kv_heads query heads (grouped-query attention,
+    """Number of key and value heads, each shared by num_heads / num_kv_heads query heads (grouped-query attention,
     arXiv:2305.13245); null: num_heads."""
     ffn_width: int = 128
     """Hidden width per token: of the dense feed-forward network, and of a token's active experts together."""
@@ -66,7 +66,7 @@ class ModelConfig:
     """Dropout probability of attention weights in training; above 0, attention is computed without a fused kernel."""
     residual_dropout: float = 0.0
     """Dropout probability of what each part of a block adds to the residual stream, in training (arXiv:1706.03762,
-    section 5.4). layout.expert_dropout is that of hidden units inside experts."""
+    section 5.4). Hidden units inside experts have layout.expert_dropout."""
     embedding_dropout: float = 0.0
     """Dropout probability of embedded inputs, in training."""
     rope_theta: float = 10000.0

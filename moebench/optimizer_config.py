@@ -28,8 +28,8 @@ class OptimizerConfig:
     }
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """Optimizer of the matrices of attention, feed-forward networks and experts: AdamW, or Muon, each matrix of each
-    expert on its own. All other parameters are updated by AdamW: embeddings, head, routers, biases and gains."""
+    """Optimizer of the matrices of attention, feed-forward networks and experts: AdamW, or Muon, which updates each
+    matrix of each expert separately. AdamW always updates embeddings, head, routers, biases and gains."""
     muon_learning_rate: float | None = None
     """Peak learning rate of the matrices that Muon updates; null: learning_rate, which muon_scaling=match_rms_adamw is
     made for."""
@@ -56,13 +56,13 @@ class OptimizerConfig:
     """Learning rate after the warm-up; wsd: constant, then a decay at the end (warm-up, stable, decay:
     arXiv:2404.06395)."""
     decay_fraction: float = 0.2
-    """With schedule=wsd: updates of the decay, as a fraction of steps."""
+    """With schedule=wsd: share of the steps in which the learning rate decays."""
     decay_shape: Literal["linear", "cosine", "sqrt"] = "sqrt"
     """With schedule=wsd: shape of the decay; sqrt is 1 - sqrt(q), the best one in arXiv:2405.18392."""
     trainable: Literal["all", "experts", "routers", "shared", "new_experts"] = "all"
     """Parameters that are updated. experts: routed experts; routers: routers with their gates; shared: all but these
-    two; new_experts: routed experts that the parent of `init` lacks, or that are not copies of its dense network. The
-    others have no gradient, no optimizer state and no decay, and routers that are frozen keep their state."""
+    two; new_experts: routed experts that the parent of `init` lacks, or that are not copies of its dense network. All
+    other parameters have no gradient, no optimizer state and no decay, and frozen routers keep their state."""
     mup_base_width: int | None = None
     """Width-scaled initialisation and learning rates (muP, arXiv:2203.03466, table 3): d_model of the narrower model
     whose learning rates are used; null: the same values at every width."""

@@ -27,24 +27,24 @@ def is_plugin(item: object) -> bool:
 
 def find_plugin_line(error: BaseException) -> tuple[str, int] | None:
     """Return the file and the line of the innermost plug-in frame that an exception passed; None: there is none."""
-    place = None
+    location = None
     for frame, line in traceback.walk_tb(error.__traceback__):
         if PLUGIN_MODULE in frame.f_globals.get("__name__", ""):
-            place = frame.f_code.co_filename, line
-    return place
+            location = frame.f_code.co_filename, line
+    return location
 
 
 def describe_error(error: BaseException) -> str:
     """Return an exception in one line, with the line of the plugin file that it comes from."""
-    place = find_plugin_line(error)
-    line = error.lineno if isinstance(error, SyntaxError) else place and place[1]
+    location = find_plugin_line(error)
+    line = error.lineno if isinstance(error, SyntaxError) else location and location[1]
     return f"{type(error).__name__}: {' '.join(str(error).split())}" + (f" (line {line})" if line else "")
 
 
 def describe_plugin_error(error: BaseException) -> str:
     """Return an exception that comes from a plug-in in one line that begins with file and line; empty: it does not."""
-    place = None if hasattr(error, KEPT) else find_plugin_line(error)
-    return f"{place[0]}:{place[1]}: {type(error).__name__}: {' '.join(str(error).split())}" if place else ""
+    location = None if hasattr(error, KEPT) else find_plugin_line(error)
+    return f"{location[0]}:{location[1]}: {type(error).__name__}: {' '.join(str(error).split())}" if location else ""
 
 
 def keep_traceback(error: BaseException) -> None:

@@ -80,15 +80,15 @@ def _open_closed_streams() -> None:
 
 
 @contextlib.contextmanager
-def silent_exit_refused() -> Iterator[None]:
+def refuse_silent_exit() -> Iterator[None]:
     """Let no code that a command imports, such as a plug-in, end the process by os._exit(0) as if all were done."""
     exit_now, main_process = os._exit, os.getpid()
 
     def exit_with_reason(status: int) -> NoReturn:
         if status == 0 and os.getpid() == main_process:  # a forked child ends as it likes
             caller = sys._getframe(1)
-            place = f"{caller.f_code.co_filename}:{caller.f_lineno}"
-            os.write(2, f"error: os._exit(0) was called at {place}: the command was not completed\n".encode())
+            location = f"{caller.f_code.co_filename}:{caller.f_lineno}"
+            os.write(2, f"error: os._exit(0) was called at {location}: the command was not completed\n".encode())
             status = 2
         exit_now(status)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from moebench.component_rules import find_class_problem, find_facts_problem, find_function_problem
-from moebench.errors import UsageError, unknown
+from moebench.errors import UsageError, build_unknown_error
 from moebench.plugin_errors import PLUGIN_MODULE, describe_error
 from moebench.plugin_sources import digest_sources
 from moebench.registry_entry import Entry as Entry
@@ -91,7 +91,7 @@ class Registry(Generic[T, F]):
         """Return the entry called `name`; `where` is the configuration key to name in the error."""
         self._load()
         if name not in self._entries:
-            raise unknown(where or self.kind, name, self._entries)
+            raise build_unknown_error(where or self.kind, name, self._entries)
         return self._entries[name]
 
     def entries(self) -> list[Entry[T, F]]:

@@ -36,7 +36,7 @@ SECTIONS = ("model", "train", "balance", "parallel", "init")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
-    """Optimizer, schedule and cadence of training: the same for every arm of a comparison.
+    """Optimizer, schedule and intervals of training: the same for every arm of a comparison.
 
     Schedule: linear warm-up, then what `schedule` names. The learning rate of update u = 0, 1, ..., steps - 1 is the
     peak times (u + 1) / warmup_steps if u < warmup_steps, and then
@@ -63,13 +63,13 @@ class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
     torch.optim.Muon. Queries, keys and values, the two halves of a gated projection, and each expert are matrices of
     their own; with experts on several processes each process updates its own and communicates nothing. An update of an
     m x n matrix (m <= n) costs 5 (4 m^2 n + 2 m^3) FLOPs, whatever the batch. The size of M has no effect: an expert
-    without tokens goes on in the direction of its momentum with full steps, and clip_norm changes only how gradients of
-    different steps are mixed.
+    without tokens keeps moving in the direction of its momentum with full steps, and clip_norm changes only how
+    gradients of different steps are mixed.
 
     Learning rates: those of router, experts, embeddings and head follow the same schedule from their own peaks. A group
     is what a parameter belongs to in the model; the output that shares the embedding is an embedding.
 
-    Weight decay is decoupled and times the learning rate. It applies to parameters of two or more dimensions
+    Weight decay is decoupled and multiplied by the learning rate. It applies to parameters of two or more dimensions
     (projections, embedding tables, stacked expert weights) in weight_decay_groups; gains and biases are not decayed.
 
     mup_base_width = b keeps the sizes of activations and of their changes equal at every width (muP, arXiv:2203.03466,
@@ -110,7 +110,7 @@ class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
     accumulate: int = 1
     """Micro-batches per update; capacity and balance losses are computed per micro-batch."""
     learning_rate: float = 2e-3
-    """Peak of the schedule, of all parameters whose group has none of its own."""
+    """Peak learning rate of all parameters whose group does not set its own."""
     warmup_steps: int = 100
     """Updates of linear warm-up."""
     final_rate: float = 0.0
@@ -122,16 +122,17 @@ class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
     beta2: float = 0.95
     """AdamW's coefficient of the running mean of squared gradients."""
     clip_norm: float = 1.0
-    """Largest L2 norm of the gradient of all parameters."""
+    """Maximum L2 norm of the gradient of all parameters together."""
     z_loss: float = 0.0
     """Coefficient of log² Z of the output, Z the sum of its softmax: 1e-4 in PaLM (arXiv:2204.02311, section 5)."""
     max_epochs: float | None = None
-    """Most passes over the training split that `run` accepts; null: 4 for text (repeated up to four times it is worth
-    almost as much as new text, arXiv:2305.16264) without task.train_windows, no limit elsewhere; inf: no limit."""
+    """Maximum number of passes over the training split that `run` accepts; null: 4 for text (repeated up to four times
+    it is worth almost as much as new text, arXiv:2305.16264) without task.train_windows, no limit elsewhere; inf: no
+    limit."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of forward passes: bf16 is autocast; parameters, optimizer state and routing stay fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device of the run; auto is CUDA where a device is available, else the CPU."""
+    """Device of the run; auto is CUDA if a device is available, else the CPU."""
     threads: int = 1
     """CPU threads of one process; part of the cell's id, because they change the last bit of sums."""
     eval_every: int = 300
@@ -139,12 +140,12 @@ class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
     log_every: int = 20
     """Updates between points of the journal."""
     spike_policy: Literal["record", "stop", "skip", "rewind"] = "record"
-    """After a loss spike: record it and go on; end the run; leave out the update, also where only the gradient norm
+    """After a loss spike: record it and continue; end the run; leave out the update, also where only the gradient norm
     spikes; or go back to the last checkpoint and leave out the batches since then."""
     spike_window: int = 128
-    """Earlier updates that a loss is compared with."""
+    """Number of earlier updates that a loss is compared with."""
     spike_threshold: float = 6.0
-    """Robust standard deviations above the median of the window, from which on a loss is a spike."""
+    """Robust standard deviations above the median of the window from which a loss counts as a spike."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "train")
@@ -176,7 +177,7 @@ class ParallelConfig:
     expert: int = 1
     """Processes over which the experts of one replica are sharded (expert parallelism)."""
     scope: Literal["global", "local"] = "global"
-    """Tokens seen by capacity and by routers that choose from the whole batch: of all processes, or of one."""
+    """Tokens seen by capacity and by routers that choose from the whole batch: those of all processes, or of one."""
     devices: int | None = None
     """Processes per node; null: data * expert / nodes."""
     nodes: int = 1
@@ -192,7 +193,7 @@ class ParallelConfig:
     shard_optimizer: bool = False
     """Divide the state of the optimizer among the processes with equal copies of a parameter; results stay the same."""
     async_checkpoints: bool = False
-    """Write checkpoints from a copy in memory while training goes on."""
+    """Write checkpoints from a copy in memory while training continues."""
 
     @property
     def world_size(self) -> int:
@@ -270,15 +271,15 @@ class ExperimentConfig:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])
     """One run of every arm per seed; equal seeds mean equal data order and equal initial weights of shared parts."""
     size: str | None = None
-    """Named preset below `base` (`moebench list sizes`): model, tokens, batch, learning rate; `--size` is above it."""
+    """Preset for model, data and training (`moebench list sizes`): `base` overrides it, `--size` overrides both."""
     baseline: str | None = None
     """The arm that the others are compared with; null: the first."""
     margin: float = DEFAULT_MARGIN
-    """Arms count as equivalent that differ by less than this share of the baseline's mean (from 5 seeds)."""
+    """Arms that differ by less than this share of the baseline's mean count as equivalent (from 5 seeds)."""
     tune: TuneConfig = field(default_factory=TuneConfig)
-    """Settings that each arm chooses on validation before it is trained; null on the command line: none."""
+    """Settings that each arm chooses on validation before it is trained; null on the command line: no tuning."""
     equal: Literal["steps", "training_flops"] = "steps"
-    """What arms share: train.steps, or FLOPs of training, for which those of the others follow from the baseline's."""
+    """Equal in all arms: train.steps, or training FLOPs, where the steps of arms follow from those of the baseline."""
     stages: list[StageConfig] = field(default_factory=list)
     """Runs that are trained one after another, each from a run of an earlier stage; the last stage is compared."""
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from moebench.conversion import Untyped
-from moebench.errors import UsageError, require, unknown
+from moebench.errors import UsageError, build_unknown_error, require
 from moebench.file_access import require_plain_name
 
 RESERVED_NAMES = ("tuning",)
@@ -18,9 +18,9 @@ class StageConfig:
     name: str
     """Name of the stage, for `init.from: stage:NAME`."""
     base: Untyped = field(default_factory=dict)
-    """Keys of a cell, above those of the experiment's `base`."""
+    """Keys of a cell; they override those of the experiment's `base`."""
     grid: dict[str, list[Untyped]] = field(default_factory=dict)
-    """Key -> values, beside those of the experiment's `grid`; a key of both has these values."""
+    """Key -> values, in addition to the experiment's `grid`; for a key in both, these values apply."""
 
     def __post_init__(self) -> None:
         require_plain_name(self.name, "stages: name of a stage")
@@ -50,5 +50,5 @@ def split_stage_key(path: str, stages: Sequence[StageConfig]) -> tuple[str, str,
         allowed = "stages.NAME.base.KEY=VALUE, stages.NAME.grid.KEY=[...]"
         raise UsageError(f"stages.{path}: is no key of a stage (allowed: {allowed})")
     if name not in (names := [stage.name for stage in stages]):
-        raise unknown("stages: stage", name, names)
+        raise build_unknown_error("stages: stage", name, names)
     return name, section, key

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from moebench.config import resolve, to_plain
-from moebench.errors import UsageError, require, unknown
+from moebench.errors import UsageError, build_unknown_error, require
 from moebench.experts.layer import MoELayer
 from moebench.experts.layout import LayoutConfig
 from moebench.models.build import build_backbone
@@ -165,7 +165,7 @@ def _summarise(data: Mapping[str, Any] | None) -> DataSummary:
     values = dict(data or {})
     for key, value in values.items():
         if key not in DATA_KEYS:
-            raise unknown("data", key, DATA_KEYS)
+            raise build_unknown_error("data", key, DATA_KEYS)
         if key != "token_count":
             require(type(value) is int and value > 0, f"data.{key}", repr(value), "a whole number above 0")
     count_V = values.get("token_count")

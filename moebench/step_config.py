@@ -9,13 +9,13 @@ class StepConfig:
     """Options of `train` that choose how a step is computed, not what it computes."""
 
     cross_entropy: Literal["auto", "full", "chunked"] = "auto"
-    """Loss of tasks that predict tokens: from all logits of a micro-batch at once, or chunk by chunk, with the logits
-    computed again in the backward pass: less memory, the same loss up to rounding. auto: chunked from 2^28 logits on,
-    such as 8,192 tokens of a vocabulary of 32,768."""
+    """How the loss of tasks that predict tokens is computed: from all logits of a micro-batch at once (full), or chunk
+    by chunk, with the logits computed again in the backward pass (chunked), which needs less memory and gives the same
+    loss up to rounding. auto: chunked from 2^28 logits on, such as 8,192 tokens of a vocabulary of 32,768."""
     recompute: Literal["none", "blocks"] = "none"
     """Activations that are computed again in the backward pass instead of kept: none, or all inside each transformer
     block (a third more FLOPs, and memory for the inputs of blocks and for one block at a time). layout.recompute is
     that of experts alone."""
     tf32: bool = False
     """On a GPU, compute products of fp32 matrices in TF32 (10 bits of mantissa), on its tensor cores; routers stay
-    exact. It is for precision=fp32, and changes nothing on a CPU."""
+    exact. For precision=fp32; it changes nothing on a CPU."""

@@ -16,13 +16,13 @@ class TuneConfig:
     RANGES: ClassVar[Mapping[str, Range]] = {"steps": at_least_1_up_to(10**8)}
 
     grid: dict[str, list[Untyped]] = field(default_factory=dict)
-    """Key -> values; every arm tries all combinations of the keys that mean something to it. Empty: no tuning."""
+    """Key -> values; every arm tries all combinations of the keys that apply to it. Empty: no tuning."""
     seeds: list[int] = field(default_factory=lambda: [100, 101])
-    """Seeds of the tuning runs; none of those that are reported."""
+    """Seeds of the tuning runs, which must not be among those that are reported."""
     steps: int | None = None
-    """Updates of a tuning run, its warm-up in proportion; null: those of the arm."""
+    """Updates of a tuning run, whose warm-up is scaled in proportion; null: as many as in the arm's reported runs."""
     extra: dict[str, list[Untyped]] = field(default_factory=dict)
-    """Key of `grid` -> further values, for arms with fewer trials than others, until they have as many."""
+    """Key of `grid` -> further values, which arms with fewer trials than others try until they have as many."""
 
     def __post_init__(self) -> None:
         check_ranges(self, "tune")

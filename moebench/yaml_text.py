@@ -24,13 +24,13 @@ MAX_CHARACTERS = 1 << 20
 """Longest document: a minute of reading."""
 
 
-class Plain(str):
+class PlainScalar(str):
     """The text of a scalar without quotes, which may mean a number, a truth value or null."""
 
     __slots__ = ()
 
 
-class MalformedYaml(Plain):
+class MalformedYaml(PlainScalar):
     """Text that begins like a list, a mapping or a quoted scalar but is not valid: plain text for keys of type str."""
 
     problem = ""
@@ -49,7 +49,7 @@ class WrittenList(list[Any]):
 
 
 def parse_yaml(text: str, name: str = "the value") -> Any:
-    """Return mappings, lists, `Plain` for unquoted scalars and str for quoted ones; None for an empty text.
+    """Return mappings, lists, `PlainScalar` for unquoted scalars and str for quoted ones; None for an empty text.
 
     Merge keys (`<<`) are applied. Raises yaml.YAMLError for invalid YAML, duplicate keys and tags other than those of
     JSON types.
@@ -101,7 +101,7 @@ def parse_override(text: str) -> Any:
             written.source = text
             return written
         return value
-    return Plain(text) if text else ""  # an empty value is an empty text, not null
+    return PlainScalar(text) if text else ""  # an empty value is an empty text, not null
 
 
 class _Loader(yaml.SafeLoader):
@@ -146,7 +146,7 @@ class _NodeReader:
 
     def _build(self, node: Node) -> Any:
         if isinstance(node, ScalarNode) and node.tag in (PLAIN, *TYPED):
-            return Plain(node.value)
+            return PlainScalar(node.value)
         if isinstance(node, ScalarNode) and node.tag == f"{PREFIX}str":
             return node.value
         if isinstance(node, SequenceNode) and node.tag == f"{PREFIX}seq":

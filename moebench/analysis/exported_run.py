@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moebench.analysis.trained_run import TrainedRun
 from moebench.config import to_plain
-from moebench.errors import UsageError, unknown
+from moebench.errors import UsageError, build_unknown_error
 from moebench.parallel.manifest import parse_step
 from moebench.pretrained.export.folder_writer import require_output, write_folder
 from moebench.pretrained.export.model_card import ModelCard
@@ -52,9 +52,9 @@ class ExportOptions:
         """Raise UsageError for options that do not exist and an output folder that cannot be written."""
         require_libraries()
         if self.format not in FORMATS:
-            raise unknown("--format", self.format, FORMATS)
+            raise build_unknown_error("--format", self.format, FORMATS)
         if self.dtype not in DTYPES:
-            raise unknown("--dtype", self.dtype, DTYPES)
+            raise build_unknown_error("--dtype", self.dtype, DTYPES)
         require_output(self.out, force=self.force)
 
 
@@ -252,5 +252,5 @@ def _list_limits(run: TrainedRun, options: ExportOptions) -> tuple[str, ...]:
             "In training and evaluation, attention stayed inside the documents of a window; here it does not."
         )
     if config.layout.capacity_factor_train is not None and config.router.name != "dense":
-        limits.append("Experts had a capacity in training; they have none here, nor in the evaluation above.")
+        limits.append("Experts had a capacity in training; they have none here or in the evaluation above.")
     return tuple(limits)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from moebench.analysis.stored_run import StoredRun, find_stored_run
-from moebench.errors import UsageError, unknown
+from moebench.errors import UsageError, build_unknown_error
 from moebench.models.storageless import build_without_storage
 from moebench.routing.router import ROUTERS
 from moebench.routing.values import LayerRecord
@@ -29,7 +29,7 @@ class TrainedRun(StoredRun):
     task: Task
 
     @classmethod
-    def on_task(cls, run: StoredRun, task: Task) -> "TrainedRun":
+    def from_task(cls, run: StoredRun, task: Task) -> "TrainedRun":
         """Return a run with the task that it was trained on."""
         return cls(folder=run.folder, cell=run.cell, config=run.config, task=task)
 
@@ -40,7 +40,7 @@ class TrainedRun(StoredRun):
         `plugins`: those that the run needs; the files that its folder names are not executed by themselves.
         """
         stored = find_stored_run(results, run, plugins)
-        return cls.on_task(stored, prepare_task(stored.config, results))
+        return cls.from_task(stored, prepare_task(stored.config, results))
 
     @cached_property
     def device(self) -> torch.device:
@@ -52,7 +52,7 @@ class TrainedRun(StoredRun):
         with build_without_storage():
             names = [str(each.name) for each in build_model(self.config, self.task).backbone.moe_layers()]
         if layer is not None and layer not in names:
-            raise unknown("--layer", layer, names)
+            raise build_unknown_error("--layer", layer, names)
 
     def load_model(self) -> Model:
         """Return the model with the weights of the last checkpoint."""
@@ -112,4 +112,4 @@ def open_routed_run(
         raise UsageError(f"--show {section}: the router '{stored.config.router.name}' of run {stored.id} {what}")
     stored.require_done(section)
     torch.set_num_threads(stored.config.train.threads)
-    return TrainedRun.on_task(stored, prepare_task(stored.config, results))
+    return TrainedRun.from_task(stored, prepare_task(stored.config, results))

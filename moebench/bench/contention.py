@@ -32,7 +32,7 @@ class Usage:
     busy_s: float
     """CPU time of the whole machine, stolen time included."""
 
-    def share_of_others(self, later: "Usage", num_cores: int) -> float:
+    def compute_share_of_others(self, later: "Usage", num_cores: int) -> float:
         """Return the share of the machine that other processes used from this moment to a later one, 0 to 1."""
         others_s = (later.busy_s - self.busy_s) - (later.own_s - self.own_s)
         capacity_s = (later.wall_s - self.wall_s) * num_cores
@@ -50,10 +50,10 @@ def read_usage() -> Usage | None:
     )
 
 
-def share_since(start: Usage | None) -> float | None:
+def measure_share_of_others(start: Usage | None) -> float | None:
     """Return the share of the machine that others have used since `start`; None where unknown."""
     now = read_usage()
     if start is None or now is None:
         return None
     # All cores of the machine, not those of this process: /proc/stat counts all.
-    return start.share_of_others(now, os.cpu_count() or 1)
+    return start.compute_share_of_others(now, os.cpu_count() or 1)

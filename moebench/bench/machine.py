@@ -8,7 +8,7 @@ from moebench.bench.allocator import keep_freed_memory
 from moebench.bench.layer.peers.register import list_versions
 from moebench.bench.layer.variants import has_bf16_units
 from moebench.cores import available_cores
-from moebench.errors import UsageError, unknown
+from moebench.errors import UsageError, build_unknown_error
 from moebench.routing.kernels.backend import require_kernels
 from moebench.runs.environment import collect_environment
 
@@ -19,7 +19,7 @@ ALLOCATORS = ("keep", "default")
 def choose_device(name: str) -> torch.device:
     """Return the device named by an option; raise UsageError when there is no such device."""
     if name not in DEVICES:
-        raise unknown("--device", name, DEVICES)
+        raise build_unknown_error("--device", name, DEVICES)
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device: 'cuda' was given, but torch finds no CUDA device (allowed: auto, cpu)")
     on_gpu = name != "cpu" and torch.cuda.is_available()
@@ -32,7 +32,7 @@ def choose_device(name: str) -> torch.device:
 def prepare_machine(*, threads: int | None, allocator: str, device: torch.device) -> dict[str, Any]:
     """Set threads and allocator of this process; return a JSON-ready description of the machine."""
     if allocator not in ALLOCATORS:
-        raise unknown("--allocator", allocator, ALLOCATORS)
+        raise build_unknown_error("--allocator", allocator, ALLOCATORS)
     torch.set_num_threads(threads or available_cores())
     keeps_memory = allocator == "keep" and keep_freed_memory()
     return collect_environment(torch.get_num_threads()) | {

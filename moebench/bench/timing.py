@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from moebench.bench.contention import read_usage, share_since
+from moebench.bench.contention import measure_share_of_others, read_usage
 
 WARM_UP_CALLS = 2
 MAX_CONTENTION = 0.08
@@ -120,7 +120,7 @@ class Protocol:
     def _round(self, turns: Mapping[str, Callable[[], float]]) -> Round:
         start = read_usage() if self.device.type == "cpu" else None
         seconds = {name: turn() for name, turn in turns.items()}
-        return Round(seconds=seconds, others=share_since(start))
+        return Round(seconds=seconds, others=measure_share_of_others(start))
 
     def _turn(self, variant: TimedCall, repeats: int) -> float:
         total = 0.0

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from moebench.catalogue.options import list_options
-from moebench.errors import UsageError, nearest
+from moebench.errors import UsageError, suggest
 from moebench.registry import get_registry
 
 KINDS = ("router", "layout", "task", "loss")
@@ -33,7 +33,7 @@ def describe(name: str) -> dict[str, Any]:
                 "source": entry.origin,
             }
         known += registry.names()
-    raise UsageError(f"'{name}' is unknown.{nearest(name, known)} Allowed: {', '.join(known)}")
+    raise UsageError(f"'{name}' is unknown.{suggest(name, known)} Allowed: {', '.join(known)}")
 
 
 def facts_to_dict(facts: Any) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def to_text(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def unwrap(text: str) -> str:
+def join_paragraph_lines(text: str) -> str:
     """Join the lines of each paragraph, so that a terminal of any width can wrap them; indented lines stay."""
     lines: list[str] = []
     for line in text.split("\n"):

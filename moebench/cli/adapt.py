@@ -1,4 +1,4 @@
-"""`moebench adapt`: go on from a finished run on one domain of its data, or on other data."""
+"""`moebench adapt`: continue from a finished run on one domain of its data, or on other data."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -46,7 +46,9 @@ Steps = Annotated[int | None, typer.Option(metavar="N", help="Updates. Default: 
 Rates = Annotated[
     str | None,
     typer.Option(
-        "--learning-rate", metavar="R[,R...]", help="Several are tried alike, and one is chosen on validation."
+        "--learning-rate",
+        metavar="R[,R...]",
+        help="Several are tried in the same way, and one is chosen on validation.",
     ),
 ]
 ExpertDropout = Annotated[
@@ -75,7 +77,7 @@ def adapt(
 ) -> None:
     """Fine-tune a finished run on a domain or on other data, and show what it gains there and loses elsewhere.
 
-    It writes an ordinary run: the same command goes on where it was interrupted, and shows the result of one that is
+    It writes an ordinary run: the same command continues where it was interrupted, and shows the result of one that is
     done. Settings are those of the run, with --steps, --learning-rate and KEY=VALUE. Several runs, seeds and settings
     at once are an experiment with stages.
     """
@@ -139,7 +141,7 @@ def _show(report: "RunReport", results: Path, console: "Console", *, json: bool)
     lines += report.tuning.list_lines() if report.tuning else []
     lines += [f"warning: {problem}" for problem in report.problems]
     lines += [f"tracker: {report.tracker_problem}"] if report.tracker_problem else []
-    lines += ["interrupted; the same command goes on from there"] if report.interrupted else []
+    lines += ["interrupted; the same command continues from there"] if report.interrupted else []
     ids = ", ".join(cell.id for cell in report.experiment.cells) if report.num_done else ""
     lines += [f"run {ids} of experiment {report.experiment.name}"] if ids else []
     for line in lines:

@@ -7,7 +7,7 @@ import typer
 
 from moebench.cli.options import Json
 from moebench.cli.output import make_console, print_report
-from moebench.errors import unknown
+from moebench.errors import build_unknown_error
 
 app = typer.Typer(help="Repeat published results with this code and show the deviations.", no_args_is_help=True)
 
@@ -36,7 +36,7 @@ def chen(
     from moebench.calibration.chen2022.data import SETTINGS
     from moebench.calibration.chen2022.measure import Outcomes, Run, list_runs, measure_runs
     from moebench.calibration.chen2022.report import build_report, format_progress
-    from moebench.calibration.chen2022.training import KINDS, Outcome
+    from moebench.calibration.chen2022.training import KINDS, TrainingOutcome
     from moebench.cores import available_cores
 
     settings = [
@@ -47,7 +47,7 @@ def chen(
 
     outcomes: Outcomes = {}
 
-    def show(run: Run, outcome: Outcome) -> None:
+    def show(run: Run, outcome: TrainingOutcome) -> None:
         outcomes.setdefault((run.setting.name, run.kind.name), []).append(outcome)
         console.print(format_progress(run, outcome), highlight=False, markup=False)
 
@@ -83,5 +83,5 @@ def clark(
 def _check_names(option: str, given: list[str] | None, allowed: list[str]) -> list[str]:
     for name in given or ():
         if name not in allowed:
-            raise unknown(option, name, allowed)
+            raise build_unknown_error(option, name, allowed)
     return given or allowed

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from moebench.cli.comparisons import (
-    Choice,
-    check_choice,
+    CompareOptions,
+    check_compare_options,
     compare_experiments,
     compare_one,
     expand_all,
@@ -127,9 +127,9 @@ def compare(
     """
     overrides = [name for name in names if "=" in name]
     subjects = [name for name in names if "=" not in name]
-    choice = Choice(split.value, allow_mismatch, effective_compute, axis.value if axis else None, plot, margin)
+    choice = CompareOptions(split.value, allow_mismatch, effective_compute, axis.value if axis else None, plot, margin)
     choice = replace(choice, details=details or markdown or json)
-    check_choice(choice)
+    check_compare_options(choice)
     if are_experiments(subjects, plugins=plugin or ()):
         grids = expand_all(subjects, overrides, size or [None], plugin or (), results)
         report = compare_experiments(grids, results, choice)

@@ -21,7 +21,7 @@ DETAILS_HINT = "--details: p values, effect sizes, power, pairing, and what each
 
 
 @dataclass(frozen=True)
-class Choice:
+class CompareOptions:
     """What to compare by, and what to add."""
 
     split: "Split"
@@ -34,7 +34,7 @@ class Choice:
     """Whether to add p values, effect sizes, pairing and the legend to the report of one experiment."""
 
 
-def check_choice(choice: Choice) -> None:
+def check_compare_options(choice: CompareOptions) -> None:
     """Raise UsageError for an invalid figure file or margin, before anything is read."""
     check_plot(choice.plot)
     if choice.margin is not None:
@@ -43,7 +43,7 @@ def check_choice(choice: Choice) -> None:
         check_margin(choice.margin, "--margin")
 
 
-def compare_one(grid: "Experiment", results: Path, choice: Choice) -> "Report":
+def compare_one(grid: "Experiment", results: Path, choice: CompareOptions) -> "Report":
     """Compare the arms of one experiment, and draw the figure."""
     from moebench.analysis.compare.experiment import compare_experiment, draw_experiment
     from moebench.analysis.compare.report import build_report
@@ -68,7 +68,7 @@ def compare_one(grid: "Experiment", results: Path, choice: Choice) -> "Report":
     return report if choice.details else report.without_details(DETAILS_HINT)
 
 
-def compare_experiments(grids: "Sequence[Experiment]", results: Path, choice: Choice) -> "Report":
+def compare_experiments(grids: "Sequence[Experiment]", results: Path, choice: CompareOptions) -> "Report":
     """Compare the arms of one experiment, pool several, or estimate effective compute over them."""
     if len(grids) == 1 and not choice.effective_compute:
         return compare_one(grids[0], results, choice)

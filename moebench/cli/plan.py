@@ -183,7 +183,7 @@ def print_disk(rows: list[dict[str, Any]]) -> None:
 
 
 def print_training(rows: list[dict[str, Any]]) -> None:
-    """Print what the training of each arm costs and reads, one row for arms and seeds that are alike."""
+    """Print what the training of each arm costs and reads, one row for equal arms and seeds."""
     from moebench.cli.output import print_table
     from moebench.reporting.formatting import MISSING, format_count
 

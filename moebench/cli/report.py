@@ -63,7 +63,7 @@ def report(
 
     overrides = add_size([name for name in names if "=" in name], size)
     subjects = [name for name in names if "=" not in name]
-    check_out(out)
+    check_output_file(out)
     plugins = plugin or ()
     if is_one := is_experiment(subjects, "report", plugins):
         experiment = expand(find_experiment(subjects[0]), overrides, plugins, finished_in=results)
@@ -102,7 +102,7 @@ def write_files(page: "Page", file: Path, tables: Path | None, *, json: bool) ->
         print_text(f"{table_files[0].parent} ({len(table_files)} files of tables)")
 
 
-def check_out(out: Path | None) -> None:
+def check_output_file(out: Path | None) -> None:
     """Raise UsageError for a file that cannot be written, before anything is computed."""
     if out is None:
         return

@@ -51,7 +51,7 @@ def print_summary(
     given: Sequence[str],
     console: "Console",
 ) -> None:
-    """Print what was done, and the command that goes on from there; `lines` come first.
+    """Print what was done, and the command that continues from there; `lines` come first.
 
     `given`: options of the command besides those of `options`.
     """

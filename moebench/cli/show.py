@@ -22,10 +22,14 @@ Name = Annotated[
 ExperimentFile = Annotated[
     str | None, typer.Argument(metavar="[EXPERIMENT]", help="After `experiment`: name of the experiment to print.")
 ]
-AllRouters = Annotated[bool, typer.Option("--all-routers", help="Print all routers, as Markdown (docs/routers.md).")]
+AllRouters = Annotated[bool, typer.Option("--all-routers", help="Print all routers, as Markdown.")]
 AllOptions = Annotated[
     bool,
     typer.Option("--all-options", help="Print all options, as Markdown (docs/configuration.md)."),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="With --all-routers: write routers.md and routers/FAMILY.md to this folder instead of printing."),
 ]
 Plot = Annotated[Path | None, typer.Option(help="Draw where a router sends a few tokens (PNG, PDF, SVG).")]
 
@@ -35,6 +39,7 @@ def show(
     experiment: ExperimentFile = None,
     all_routers: AllRouters = False,
     all_options: AllOptions = False,
+    out: Out = None,
     plot: Plot = None,
     plugin: Plugins = None,
     results: Results = DEFAULT_RESULTS,
@@ -59,12 +64,14 @@ def show(
         raise UsageError(
             "show: give one of a name (`moebench list`), `experiment` and a name, --all-routers and --all-options"
         )
-    if plot and name is None:
-        raise UsageError("--plot: draws one router; give its name")
+    _check_output_options(plot, out, has_name=name is not None, prints_routers=all_routers and not json)
     from moebench.registry import load_plugin
 
     for path in plugin or ():
         load_plugin(path)
+    if out:
+        _write_router_pages(out)
+        return
     descriptions = _describe(name, all_routers=all_routers)
     if plot:
         _draw(descriptions[0], plot)
@@ -77,6 +84,21 @@ def show(
         from moebench.catalogue.pages import render_routers_page
 
         print_text(render_routers_page() if all_routers else render_configuration_page(), end="")
+
+
+def _check_output_options(plot: Path | None, out: Path | None, *, has_name: bool, prints_routers: bool) -> None:
+    """Raise UsageError for --plot or --out where the command does not print what they replace."""
+    if plot and not has_name:
+        raise UsageError("--plot: draws one router; give its name")
+    if out and not prints_routers:
+        raise UsageError("--out: writes Markdown; allowed with --all-routers and without --json")
+
+
+def _write_router_pages(folder: Path) -> None:
+    from moebench.catalogue.pages import write_router_pages
+
+    for file in write_router_pages(folder):
+        print_text(str(file))
 
 
 def _describe(name: str | None, *, all_routers: bool) -> list[dict[str, Any]]:
@@ -126,13 +148,13 @@ def _print(description: dict[str, Any]) -> None:
     from rich.padding import Padding
 
     from moebench.catalogue.configuration import format_option
-    from moebench.catalogue.describe import to_text, unwrap
+    from moebench.catalogue.describe import join_paragraph_lines, to_text
     from moebench.cli.output import make_console
 
     console = make_console()
     console.print(f"{description['name']}  ({description['kind']})\n")
     if description["about"]:
-        console.print(f"{unwrap(description['about'])}\n")
+        console.print(f"{join_paragraph_lines(description['about'])}\n")
     for title, key in (("When to use it", "use"), ("What can go wrong", "beware")):
         if description.get(key):
             console.print(f"{title}: {description[key]}\n")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from moebench.errors import UsageError, nearest
+from moebench.errors import UsageError, suggest
 from moebench.experiment.files import list_experiments
 from moebench.registry import names_without_import
 
@@ -25,7 +25,7 @@ def are_experiments(subjects: Sequence[str], command: str = "compare", plugins: 
         routers = names_without_import("router")
         unknown = [name for name in others if name not in routers]
         if unknown:
-            hint = nearest(unknown[0], [*known, *routers])
+            hint = suggest(unknown[0], [*known, *routers])
             raise UsageError(f"{command}: '{unknown[0]}' is neither an experiment nor a router of the package.{hint}")
         raise UsageError(
             f"{command}: got experiments ({', '.join(experiments)}) and routers ({', '.join(others)}); allowed:"
@@ -43,7 +43,7 @@ def _check_for_experiment(subjects: Sequence[str], command: str) -> None:
         if name in routers:
             continue
         file = next((Path(name + suffix) for suffix in SUFFIXES if Path(name + suffix).is_file()), None)
-        hint = f" Did you mean the file '{file}'?" if file else nearest(name, [*experiments, *routers])
+        hint = f" Did you mean the file '{file}'?" if file else suggest(name, [*experiments, *routers])
         if file or any(f"'{experiment}'" in hint for experiment in experiments):
             raise UsageError(f"{command}: '{name}' is neither an experiment nor a router of the package.{hint}")
 

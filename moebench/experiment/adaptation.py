@@ -1,4 +1,4 @@
-"""`moebench adapt`: the experiment of one arm that goes on from a finished run, on one domain or on other data."""
+"""`moebench adapt`: the experiment of one arm that continues from a finished run, on one domain or on other data."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.config import resolve, to_plain
-from moebench.errors import UsageError, nearest, require
+from moebench.errors import UsageError, require, suggest
 from moebench.experiment.grid import Experiment, expand_config
 from moebench.registry import Plugin
 from moebench.runs.folder import RunFolder
@@ -98,7 +98,7 @@ def _note_trained_target(parent: CellConfig, parent_id: str, task: Mapping[str, 
 
 
 def _identify(base: Mapping[str, Any], tune: TuneConfig, overrides: Sequence[str]) -> str:
-    """Return six digits that stand for the settings: another call of the same settings goes on with the same runs."""
+    """Return six digits that stand for the settings: another call of the same settings continues with the same runs."""
     content = json.dumps([base, to_plain(tune), sorted(overrides)], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:6]
 
@@ -138,7 +138,7 @@ def _choose_target(parent: CellConfig, options: AdaptOptions, results: Path) -> 
     path = Path(options.to).expanduser()
     if not path.exists():
         raise UsageError(
-            f"--to {options.to}: is no domain of the run's data and no file or folder.{nearest(options.to, names)}"
+            f"--to {options.to}: is no domain of the run's data and no file or folder.{suggest(options.to, names)}"
             f" Domains: {', '.join(trained.domains)}"
         )
     defaults = to_plain(type(parent.task.data)())  # type: ignore[attr-defined]

@@ -10,11 +10,11 @@ from typing import Any
 from moebench.compatibility import check_cell
 from moebench.config import cell_id, component_keys, merge_settings, nest, resolve, to_plain
 from moebench.conversion import convert
-from moebench.errors import UsageError, nearest, require, require_text
+from moebench.errors import UsageError, require, require_text, suggest
 from moebench.experiment.axes import (
     ARM,
     component_name,
-    is_meaningless,
+    has_no_effect,
     lacks_option,
     note_dropped_axes,
     refuse_varied_keys,
@@ -133,7 +133,7 @@ def _combine(grid: Mapping[str, Sequence[Any]], base: Mapping[str, Any]) -> Iter
     axes = [[(key, number, value) for number, value in enumerate(values)] for key, values in grid.items()]
     combinations = list(itertools.product(*axes))
     raws = [_merge_choices(base, choices) for choices in combinations]
-    inapplicable = [{key for key in grid if lacks_option(raw, key) or is_meaningless(raw, key)} for raw in raws]
+    inapplicable = [{key for key in grid if lacks_option(raw, key) or has_no_effect(raw, key)} for raw in raws]
     everywhere = set(grid).intersection(*inapplicable)
     seen = set()
     for choices, raw, keys in zip(combinations, raws, inapplicable, strict=True):
@@ -259,7 +259,7 @@ def _refuse_unknown(overrides: Mapping[str, Any], raws: Sequence[Mapping[str, An
         for option in options:
             if option not in known:
                 raise UsageError(
-                    f"{kind}.{option}: no {kind} of this grid has a key '{option}'.{nearest(option, known)}"
+                    f"{kind}.{option}: no {kind} of this grid has a key '{option}'.{suggest(option, known)}"
                     f" Allowed: {', '.join(sorted(known))}"
                 )
 

@@ -33,12 +33,12 @@ def lacks_option(raw: Mapping[str, Any], key: str) -> bool:
     return option.split(".")[0] not in component_keys(kind, component_name(raw, kind))
 
 
-def is_meaningless(raw: Mapping[str, Any], key: str) -> bool:
+def has_no_effect(raw: Mapping[str, Any], key: str) -> bool:
     """Return whether a grid key changes no result of an untyped cell, because its model is dense."""
-    return key not in (ARM, "router", "router.name") and changes_nothing(component_name(raw, "router"), key)
+    return key not in (ARM, "router", "router.name") and is_unused_by(component_name(raw, "router"), key)
 
 
-def changes_nothing(router: str, key: str) -> bool:
+def is_unused_by(router: str, key: str) -> bool:
     """Return whether a key changes no result of models with this router.
 
     A dense model has nothing of experts and routers, and a router that is not learned no learning rate.

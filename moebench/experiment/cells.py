@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from moebench.config import cell_id
-from moebench.errors import UsageError, nearest, unknown
+from moebench.errors import UsageError, build_unknown_error, suggest
 from moebench.experiment.arms import Arm
 from moebench.init_config import Parent
 from moebench.registry import Plugin, select_plugins
@@ -78,13 +78,13 @@ class CellBuilder:
         if source.label is not None:
             chosen = [parent for parent in arms if parent.label == source.label]
             if not chosen:
-                raise unknown(f"init.from: {source}: arm of stage {source.name}", source.label, labels)
+                raise build_unknown_error(f"init.from: {source}: arm of stage {source.name}", source.label, labels)
         else:
             chosen = [parent for parent in arms if _has_common_labels(parent, arm)]
         if not chosen:
             raise UsageError(
                 f"init.from: {source}: no arm of that stage agrees with '{arm.label}' on the axes that both have; name"
-                f" one as {source}/LABEL.{nearest(arm.label, labels)} Its arms: {'; '.join(labels)}"
+                f" one as {source}/LABEL.{suggest(arm.label, labels)} Its arms: {'; '.join(labels)}"
             )
         return [(number, parent) for parent in chosen]
 

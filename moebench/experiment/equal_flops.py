@@ -1,4 +1,4 @@
-"""Arms of equal FLOPs of training, and the arm that goes on with a dense parent where others upcycle it."""
+"""Arms of equal FLOPs of training, and the arm that continues a dense parent where others upcycle it."""
 
 import contextlib
 import tempfile
@@ -85,7 +85,7 @@ def equalise_flops(arms: Sequence[Arm], baseline: str, costs: ModelCosts) -> tup
 def add_continued_parent(
     arms: Sequence[Arm], baseline: str, builder: CellBuilder, costs: ModelCosts
 ) -> tuple[list[Arm], tuple[str, ...]]:
-    """Return the arms with one more that goes on with the dense parent of an upcycled arm for its FLOPs of training.
+    """Return the arms with one more that continues the dense parent of an upcycled arm for its FLOPs of training.
 
     None is added where no arm makes experts of a dense parent, or a dense arm starts from the same parent.
     """
@@ -142,7 +142,7 @@ def _with_config(arm: Arm, config: CellConfig) -> Arm:
 
 
 def _continues(arm: Arm, upcycled: Arm, builder: CellBuilder) -> bool:
-    """Return whether an arm goes on with the dense parent of an upcycled arm."""
+    """Return whether an arm continues the dense parent of an upcycled arm."""
     if not _is_dense(arm.config) or not arm.config.init.has_parent:
         return False
     return _list_origins(arm, builder) == _list_origins(upcycled, builder)
@@ -189,7 +189,7 @@ def _is_dense_parent(parent: Parent, arm: Arm, builder: CellBuilder, results: Pa
 
 
 def _continue_parent(template: Arm, builder: CellBuilder, arms: Sequence[Arm]) -> Arm:
-    """Return the arm that goes on with the parent of an upcycled arm, with the same training."""
+    """Return the arm that continues the parent of an upcycled arm, with the same training."""
     (parent,) = template.config.init.parents
     if parent.kind == "stage":
         parent = replace(parent, label=builder.list_sources(template, parent)[0].label)
@@ -203,7 +203,7 @@ def _continue_parent(template: Arm, builder: CellBuilder, arms: Sequence[Arm]) -
     axes = {**template.axes, axis: CONTINUED} if axis else {}
     label = ", ".join(axes.values()) or CONTINUED
     if any(arm.label == label for arm in arms):
-        raise UsageError(f"grid: the arm '{label}' does not go on with the parent of '{template.label}'; rename it")
+        raise UsageError(f"grid: the arm '{label}' does not continue the parent of '{template.label}'; rename it")
     return Arm(
         label=label,
         config=config,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import moebench
-from moebench.errors import UsageError, nearest
+from moebench.errors import UsageError, suggest
 
 LOCAL = Path("experiments")
 PACKAGED = Path(moebench.__file__).parent / "experiments"
@@ -45,14 +45,14 @@ def find_experiment(name: str) -> Path:
     if path.suffix not in (".yaml", ".yml") and "/" not in name:
         if name not in experiments:
             raise UsageError(
-                f"experiment '{name}' is unknown.{nearest(name, experiments)} Allowed: {', '.join(experiments)}"
+                f"experiment '{name}' is unknown.{suggest(name, experiments)} Allowed: {', '.join(experiments)}"
             )
         return experiments[name].file
     if path.is_file():
         return path
     if path.parent == LOCAL and path.suffix == ".yaml" and path.stem in experiments:
         return experiments[path.stem].file
-    raise UsageError(f"{name}: no such experiment file.{nearest(path.stem, experiments)}")
+    raise UsageError(f"{name}: no such experiment file.{suggest(path.stem, experiments)}")
 
 
 def list_sizes() -> dict[str, Path]:

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from torch.distributed.checkpoint.api import CheckpointException
 
-from moebench.errors import UsageError, nearest
+from moebench.errors import UsageError, suggest
 from moebench.experiment.data_need import require_epochs
 from moebench.experiment.display import LineDisplay, cell_title
 from moebench.experiment.grid import Experiment
@@ -27,7 +27,7 @@ from moebench.experiment.run_setup import Figures
 from moebench.experiment.runner import mark_trivial_baselines, print_note
 from moebench.experiment.stage_runs import build_stage_experiments, describe_missing_parent
 from moebench.experiment.store import open_results, record_experiment, require_disk_space
-from moebench.experiment.tuning import build_tuning_experiment, settle
+from moebench.experiment.tuning import build_tuning_experiment, select_tuned_cells
 from moebench.interrupts import handle_signals
 from moebench.launch.containment import Containment
 from moebench.launch.devices import require_devices
@@ -54,7 +54,7 @@ def select_phase_cell(experiment: Experiment, name: str, results: Path) -> tuple
     The arms of an earlier stage are called `STAGE: ARM`. Raises UsageError for another name, for an arm that has not
     chosen its settings yet, and for a cell that starts from a run which is not done.
     """
-    settled = settle(experiment, results)
+    settled = select_tuned_cells(experiment, results)
     tuning = [build_tuning_experiment(experiment)] if experiment.tuning else []
     phases = [settled, *tuning, *build_stage_experiments(experiment)]
     waiting = [arm for arm in experiment.arms if arm not in settled.arms]
@@ -94,7 +94,7 @@ def select_cell(cells: Sequence[Cell], name: str) -> Cell:
     arms = ", ".join(dict.fromkeys(cell.arm for cell in cells))
     seeds = ", ".join(dict.fromkeys(str(cell.seed) for cell in cells))
     raise UsageError(
-        f"--foreground: there is no cell '{name}'.{nearest(name, named)} Allowed: ARM, ARM/SEED or the start of an id;"
+        f"--foreground: there is no cell '{name}'.{suggest(name, named)} Allowed: ARM, ARM/SEED or the start of an id;"
         f" arms: {arms}; seeds: {seeds}"
     )
 

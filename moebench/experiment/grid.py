@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moebench.config import apply_overrides, load_experiment
-from moebench.errors import require_text, unknown
+from moebench.errors import build_unknown_error, require_text
 from moebench.experiment.arms import DEFAULT_RESOLUTION, Arm, Resolution, note_partial_overrides, resolve_arms
 from moebench.experiment.cells import CellBuilder, StageArms
 from moebench.experiment.equal_flops import match_training, open_costs
@@ -40,15 +40,16 @@ class Experiment:
     axes: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Arm -> grid key -> label of the arm's value, without keys that mean nothing to the arm."""
     tuning: Tuning | None = None
-    """What the arms try before they are trained; until they have chosen (`settle`), `cells` are those of the file."""
+    """What the arms try before they are trained; `cells` are those of the file until arms have chosen
+    (`select_tuned_cells`)."""
     margin: float = DEFAULT_MARGIN
     """Differences below this share of the baseline's mean count as equivalence."""
     stages: tuple[str, ...] = ()
-    """Names of the stages, of which `cells` are the last one; runs of the others are the `parents` of cells."""
+    """Names of the stages: `cells` are the last one, and runs of the others are the `parents` of cells."""
     tuning_of: str = ""
     """The experiment whose tuning runs the cells are; empty: they are something else."""
     stage_of: str = ""
-    """The experiment of which the cells are an earlier stage; empty: they are something else."""
+    """The experiment that the cells are an earlier stage of; empty: there is none."""
     design: SeedDesign | None = None
     """Seeds of the file, and how many undecided arms may get; None for tuning runs, which are not compared."""
 
@@ -194,4 +195,4 @@ def _choose_baseline(requested: str | None, arms: Sequence[str], *, is_regridded
         return requested or arms[0], ()
     if is_regridded:
         return arms[0], (f"baseline '{requested}' is not in this grid; '{arms[0]}' replaces it",)
-    raise unknown("baseline", requested, arms)
+    raise build_unknown_error("baseline", requested, arms)

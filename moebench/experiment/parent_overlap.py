@@ -66,13 +66,13 @@ def _check_cell(cell: Cell, costs: ModelCosts) -> Iterator[str]:
         if not shared.num_shared:
             continue
         domains = ", ".join(f"{domain} {count}" for domain, count in sorted(shared.shared.items()))
-        found = (
+        message = (
             f"init.from: the training text of {label} has {shared.num_shared} of the {shared.documents} test documents"
             f" of {cell.arm}, verbatim or nearly ({domains})"
         )
         if not cell.config.init.allow_overlap:
-            raise UsageError(f"{found}: a gain on them would be memory. Give other data, or init.allow_overlap=true")
-        yield f"{found}; init.allow_overlap allows it"
+            raise UsageError(f"{message}: a gain on them may be memorised. Give other data, or init.allow_overlap=true")
+        yield f"{message}; init.allow_overlap allows it"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +132,8 @@ def count_shared(
     key = hashlib.sha256(f"{parent.text.digest} {child.text.digest}".encode()).hexdigest()[:24]
 
     def create() -> tuple[dict[str, Any], dict[str, Any]]:
-        found = find_shared_documents(parent.text, child.text)
-        return {"shared": dict(found.shared), "documents": found.documents}, {}
+        documents = find_shared_documents(parent.text, child.text)
+        return {"shared": dict(documents.shared), "documents": documents.documents}, {}
 
     values = load_or_create(costs.results / "cache" / f"shared-{key}", create)[0]
     return SharedDocuments(shared=values["shared"], documents=values["documents"])
@@ -141,5 +141,5 @@ def count_shared(
 
 def _identify_source(config: CellConfig) -> str:
     """Return the digest of a source of text with all of its domains: equal where the division into splits is."""
-    whole = replace(config.task, data=replace(config.task.data, held_out_domains=[]))  # type: ignore[attr-defined,call-arg]
-    return read_source_digest(whole)
+    task = replace(config.task, data=replace(config.task.data, held_out_domains=[]))  # type: ignore[attr-defined,call-arg]
+    return read_source_digest(task)

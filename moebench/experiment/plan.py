@@ -12,7 +12,7 @@ from moebench.experiment.memory import estimate_memory
 from moebench.experiment.model_costs import ModelCosts
 from moebench.experiment.parents import require_parents
 from moebench.experiment.stage_runs import list_earlier_cells
-from moebench.experiment.tuning import UNSETTLED, list_tuning_cells, settle
+from moebench.experiment.tuning import UNSETTLED, list_tuning_cells, select_tuned_cells
 from moebench.models.cost import Cost
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
@@ -100,7 +100,7 @@ def list_planned_cells(experiment: Experiment, results: Path) -> list[tuple[Cell
     earlier = [(cell, True) for cell in list_earlier_cells(experiment)]
     if experiment.tuning is None:
         return [*earlier, *((cell, True) for cell in experiment.cells)]
-    settled = {(cell.arm, cell.seed): cell for cell in settle(experiment, results).cells}
+    settled = {(cell.arm, cell.seed): cell for cell in select_tuned_cells(experiment, results).cells}
     final = [settled.get((cell.arm, cell.seed), cell) for cell in experiment.cells]
     tuning = [(cell, True) for cell in list_tuning_cells(experiment)]
     return [*earlier, *tuning, *((cell, (cell.arm, cell.seed) in settled) for cell in final)]

@@ -10,7 +10,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from moebench.errors import UsageError, unknown
+from moebench.errors import UsageError, build_unknown_error
 from moebench.runs.experiment_record import find_served_experiment
 from moebench.runs.folder import RunFolder, list_run_folders
 from moebench.tracking.address import NO_TRACKER
@@ -76,7 +76,7 @@ def plan_removal(results: Path, name: str) -> Removal:
     if len(matching) > 1:
         raise UsageError(f"rm: '{name}' matches {len(matching)} ids ({', '.join(matching)}); give a longer prefix")
     if not matching:
-        raise unknown("run or experiment", name, [*experiments, *folders])
+        raise build_unknown_error("run or experiment", name, [*experiments, *folders])
     return Removal(experiment=None, runs=[folders[matching[0]]], kept=[], files=[])
 
 

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from moebench.config import component_keys, merge_settings, read_yaml
 from moebench.conversion import Untyped, apply_values
-from moebench.errors import UsageError, unknown
+from moebench.errors import UsageError, build_unknown_error
 from moebench.experiment.axes import component_name
 from moebench.experiment.files import list_sizes
 from moebench.ranges import POSITIVE_FINITE, Range, at_least_1_up_to, check_ranges
@@ -33,9 +33,9 @@ class SizeConfig:
     flops: float = 1e14
     """Training FLOPs of the dense arm."""
     vocab_size: int = 4096
-    """Tokens of the vocabulary that `flops` is counted with."""
+    """Vocabulary size that `flops` is counted with."""
     tasks: list[str] = field(default_factory=list)
-    """Tasks that it was made for; other ones are refused. Empty: every task that has the options it sets."""
+    """Tasks that the size is made for; others are refused. Empty: every task that has the options it sets."""
     base: Untyped = field(default_factory=dict)
     """Keys of a cell."""
 
@@ -54,7 +54,7 @@ def read_size(name: str) -> SizeConfig:
     """Return a size; raise UsageError for an unknown one and for a mistake in its file."""
     files = list_sizes()
     if name not in files:
-        raise unknown("size", name, files)
+        raise build_unknown_error("size", name, files)
     values = read_yaml(files[name])
     try:
         return apply_values(SizeConfig(), values)

@@ -84,7 +84,7 @@ def describe_missing_parent(results: Path, cell: Cell) -> str | None:
 
 
 def split_orphans(results: Path, cells: Sequence[Cell]) -> tuple[list[Cell], list[Outcome]]:
-    """Return the cells that can start, and a failure for each of which a parent has no finished run."""
+    """Return the cells that can start, and a failure for each cell whose parent has no finished run."""
     reasons = [describe_missing_parent(results, cell) for cell in cells]
     ready = [cell for cell, reason in zip(cells, reasons, strict=True) if reason is None]
     failed = [Outcome(cell=cell, status="failed", error=why) for cell, why in zip(cells, reasons, strict=True) if why]

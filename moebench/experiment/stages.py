@@ -63,21 +63,21 @@ def count_cells(config: ExperimentConfig) -> int:
 
 def _note_skipped(skipping: Mapping[str, Sequence[str]], stages: Sequence[str]) -> Iterator[str]:
     for key, names in skipping.items():
-        own = ", ".join(f"stages.{name}.base.{key}=..." for name in names)
+        alternatives = ", ".join(f"stages.{name}.base.{key}=..." for name in names)
         if len(names) == len(stages):
-            raise UsageError(f"{key}: every stage sets it, so the override reaches none; choose with {own}")
-        yield f"{key} is not changed in stage {', '.join(names)}, which sets it: {own}"
+            raise UsageError(f"{key}: every stage sets it, so the override reaches none; choose with {alternatives}")
+        yield f"{key} is not changed in stage {', '.join(names)}, which sets it: {alternatives}"
 
 
 def select_overrides(overrides: Mapping[str, Any], stage: StageConfig) -> tuple[dict[str, Any], list[str]]:
     """Return the overrides of cells that a stage does not set itself, and the keys of the others."""
-    own = {key for key, _ in flatten(_name_components(stage.base))}
+    keys_set = {key for key, _ in flatten(_name_components(stage.base))}
     for axis, values in stage.grid.items():
         entries = [value for value in values if isinstance(value, Mapping)] if axis == ARM else []
         axes = {part for entry in entries for part in entry if part != "label"} if axis == ARM else {axis}
-        own |= {f"{part}.name" if part in COMPONENTS else part for part in axes}
+        keys_set |= {f"{part}.name" if part in COMPONENTS else part for part in axes}
     skipped: list[str] = []
-    return _select(_name_components(overrides), own, "", skipped), skipped
+    return _select(_name_components(overrides), keys_set, "", skipped), skipped
 
 
 def _name_components(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,15 +86,15 @@ def _name_components(values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _select(values: Mapping[str, Any], own: set[str], prefix: str, skipped: list[str]) -> dict[str, Any]:
+def _select(values: Mapping[str, Any], keys_set: set[str], prefix: str, skipped: list[str]) -> dict[str, Any]:
     selected: dict[str, Any] = {}
     for key, value in values.items():
         path = f"{prefix}{key}"
-        has_own_below = any(other.startswith(f"{path}.") for other in own)
-        if path in own or (has_own_below and not isinstance(value, Mapping)):
+        has_set_below = any(other.startswith(f"{path}.") for other in keys_set)
+        if path in keys_set or (has_set_below and not isinstance(value, Mapping)):
             skipped.append(path)
-        elif has_own_below:
-            below = _select(value, own, f"{path}.", skipped)
+        elif has_set_below:
+            below = _select(value, keys_set, f"{path}.", skipped)
             selected |= {key: below} if below else {}
         else:
             selected[key] = value

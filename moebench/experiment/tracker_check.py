@@ -32,7 +32,7 @@ def check_tracker(results: Path, uri: str | None = None) -> Iterator[Finding]:
 
 
 def _check_runs(results: Path, uri: str, where: str) -> Iterator[Finding]:
-    from moebench.tracking.repairs import close_runs, drop_doubled
+    from moebench.tracking.repairs import close_runs, drop_duplicates
     from moebench.tracking.replay import replay
     from moebench.tracking.stored_runs import audit_runs
 
@@ -41,7 +41,7 @@ def _check_runs(results: Path, uri: str, where: str) -> Iterator[Finding]:
     if doubled:
         problem = f"{sum(len(audit.doubled) for audit in doubled)} points are there twice or more"
         remedy = "the earlier ones dropped" if sqlite_path(uri) else "their runs moved to its trash and sent again"
-        fix = _repair(lambda: drop_doubled(results, uri, doubled))
+        fix = _repair(lambda: drop_duplicates(results, uri, doubled))
         yield Finding(where=where, problem=problem, remedy=remedy, fix=fix)
     num_missing = sum(len(audit.missing) for audit in audits)
     if num_missing:

@@ -14,9 +14,9 @@ from typing import Any
 from moebench.compatibility import check_cell
 from moebench.config import nest, to_plain
 from moebench.conversion import apply_values
-from moebench.errors import UsageError, nearest, require
+from moebench.errors import UsageError, require, suggest
 from moebench.experiment.arms import Arm
-from moebench.experiment.axes import changes_nothing
+from moebench.experiment.axes import is_unused_by
 from moebench.runs.cell import Cell
 from moebench.schema import MAX_CELLS, CellConfig, ExperimentConfig
 from moebench.tuning_config import TuneConfig
@@ -97,7 +97,7 @@ def has_key(config: CellConfig, key: str) -> bool:
 
     A coefficient of a loss exists where the router has this loss.
     """
-    return not changes_nothing(config.router.name, key) and _has_path(config, key.split("."))
+    return not is_unused_by(config.router.name, key) and _has_path(config, key.split("."))
 
 
 def _has_path(value: Any, parts: Sequence[str]) -> bool:
@@ -122,7 +122,7 @@ def _check_key(key: str, arms: Sequence[Arm]) -> None:
     if not any(has_key(arm.config, key) for arm in arms):
         known = dict.fromkeys(name for arm in arms for name in _list_keys("", to_plain(arm.config)))
         known = {name: None for name in known if name.split(".")[0] in SECTIONS}
-        raise UsageError(f"tune.grid.{key}: has no effect on any arm.{nearest(key, known)}")
+        raise UsageError(f"tune.grid.{key}: has no effect on any arm.{suggest(key, known)}")
 
 
 def _list_keys(prefix: str, value: Any) -> list[str]:

@@ -74,7 +74,7 @@ def find_baselines(
         try:
             on_compute()
             stored = _compute(source, results, wanted)
-        except Exception as error:  # of the data, their readers or a plug-in: the comparison goes on
+        except Exception as error:  # of the data, their readers or a plug-in: the comparison continues
             problem = str(error) if isinstance(error, UsageError) else describe_error(error)
             stored = _find_older(wanted, recorded.values())
             if stored is None:

@@ -1,7 +1,7 @@
 """What each arm chooses: the trial with the best validation metric, a function of the results of the tuning runs.
 
-It is computed from the results alone, so that several runners of one grid choose alike. A trial with a run that failed
-or diverged is worse than every other one; of equal trials the first in the order of the grid is chosen.
+It is computed from the results alone, so that several runners of one grid make the same choice. A trial with a run that
+failed or diverged is worse than every other one; of equal trials the first in the order of the grid is chosen.
 """
 
 from collections.abc import Mapping
@@ -230,7 +230,7 @@ def has_diverged(results: Path, cell_id: str) -> bool:
     return result is not None and result.status == "failed" and result.fault == Fault.DIVERGED
 
 
-def settle(experiment: Experiment, results: Path) -> Experiment:
+def select_tuned_cells(experiment: Experiment, results: Path) -> Experiment:
     """Return the experiment with the cells of the arms that have chosen; one without tuning as it is.
 
     Arms that have not chosen, or cannot, have no cells.

@@ -11,7 +11,7 @@ from moebench.experts.activation import Dropout
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.experts.grouped import cast_for_autocast
 from moebench.experts.weight_casts import cast_weight
-from moebench.routing.constants import constant_like
+from moebench.routing.constants import build_constant_like
 from moebench.routing.values import LayerRecord, Routing
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class Bank(nn.Module):
         flops_E, rows_E = self.flops_per_row_E(), record.kept.rows_E.double()
         if len(set(flops_E)) == 1:
             return rows_E.sum() * flops_E[0]
-        return rows_E @ constant_like(flops_E, rows_E)
+        return rows_E @ build_constant_like(flops_E, rows_E)
 
     def mixture(
         self,

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from moebench.experts.activation import Dropout
 from moebench.experts.bank import Bank
-from moebench.routing.selection import reads_without_waiting
+from moebench.routing.selection import can_read_without_waiting
 from moebench.routing.values import Routing
 
 MAX_LISTED = 4
@@ -20,7 +20,7 @@ class BankPass:
     """The experts of a layer in one forward pass (`routing.abstract.ExpertPass`).
 
     In a chain the experts are steps, h_0 = x, h_n = h_{n-1} + E_n(norm h_{n-1}), and the router decides between them
-    which tokens go on. From the second step on an expert reads the state at unit scale, as the blocks of a pre-norm
+    which tokens continue. From the second step on an expert reads the state at unit scale, as the blocks of a pre-norm
     transformer do: without a norm, a long chain of gated experts explodes. The first reads x, whose norm is outside.
     """
 
@@ -56,7 +56,7 @@ class BankPass:
         Elsewhere they take memory at most, and are not computed.
         """
         is_long = routing.expert_N.numel() > MAX_LISTED * self.experts_per_token * routing.num_tokens
-        return routing if reads_without_waiting(routing.expert_N.device) or not is_long else routing.compact()
+        return routing if can_read_without_waiting(routing.expert_N.device) or not is_long else routing.compact()
 
     def compute_rows(self, x_RD: Tensor, load_E: Tensor) -> Tensor:
         """Return y_RD for rows sorted by expert."""
@@ -78,10 +78,10 @@ class BankPass:
             added_TD = self.bank.mixture(self.read_TD, routing.keep(running_T), self.dropout)
         self.added.append(added_TD)
         self.state_TD = self.state_TD + added_TD
-        self.read_TD = unit_scale(self.state_TD)
+        self.read_TD = divide_by_rms(self.state_TD)
         return self.read_TD.float()
 
 
-def unit_scale(x_RD: Tensor) -> Tensor:
+def divide_by_rms(x_RD: Tensor) -> Tensor:
     """Return the vectors divided by their root mean square."""
     return functional.rms_norm(x_RD, x_RD.shape[-1:])

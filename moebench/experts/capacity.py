@@ -76,10 +76,10 @@ class Capacity:
 def keep_first_slots(routing: Routing, slots: int, precedence_N: Tensor) -> Tensor:
     """Return kept_N (bool): the first `slots` assignments of each expert, among those that count."""
     queue_N = routing.expert_N.where(routing.counted_N, routing.num_experts)
-    return routing.counted_N & (positions_in_queues(queue_N, routing.num_experts, precedence_N) < slots)
+    return routing.counted_N & (find_queue_positions(queue_N, routing.num_experts, precedence_N) < slots)
 
 
-def order_of_precedence(routing: Routing, order: DropOrder, generator: Generator | DeferredGenerator) -> Tensor:
+def order_by_precedence(routing: Routing, order: DropOrder, generator: Generator | DeferredGenerator) -> Tensor:
     """Return the assignments (indices into N) from the first to be kept to the last.
 
     router: by the router's own priority if it has one, else by position. position: earlier tokens first, a token's
@@ -103,13 +103,13 @@ def _first_choices_first(routing: Routing) -> Tensor:
     """Return the assignments by choice, then by the largest weight of their token, then by token."""
     token_N, num_tokens = routing.token_N, routing.num_tokens
     weight_N = log_scores(routing.weight_N)
-    choice_N = positions_in_queues(token_N, num_tokens, rank_all(weight_N))
+    choice_N = find_queue_positions(token_N, num_tokens, rank_all(weight_N))
     best_T = weight_N.new_full((num_tokens,), -torch.inf).scatter_reduce(0, token_N, weight_N, "amax")
     rank_T = rank_all(best_T).argsort()
     return (choice_N * num_tokens + rank_T[token_N]).argsort()
 
 
-def positions_in_queues(queue_N: Tensor, num_queues: int, precedence_N: Tensor) -> Tensor:
+def find_queue_positions(queue_N: Tensor, num_queues: int, precedence_N: Tensor) -> Tensor:
     """Return each assignment's position in its queue, from 0; queue `num_queues` is for those outside all queues."""
     sorted_N, by_queue_N = queue_N[precedence_N].sort(stable=True)
     length_Q = torch.zeros(num_queues + 1, dtype=torch.int64, device=queue_N.device)

@@ -57,7 +57,7 @@ class BlocksConfig(LayoutConfig):
     """Options of layouts that define the experts and leave their blocks open."""
 
     blocks: list[int] | None = None
-    """Blocks that hold experts, counted from 0; null is all of them."""
+    """Blocks that hold experts, counted from 0; null: all of them."""
 
     def block_indices(self, num_layers: int) -> list[int]:
         """Return the blocks with experts, ascending; raise UsageError for one that does not exist."""

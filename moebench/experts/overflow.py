@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from moebench.errors import UsageError
-from moebench.experts.capacity import Capacity, keep_first_slots, order_of_precedence, positions_in_queues
+from moebench.experts.capacity import Capacity, find_queue_positions, keep_first_slots, order_by_precedence
 from moebench.ranks import Ranks, Span
 from moebench.routing.ranking import log_scores, rank_top_k
 from moebench.routing.values import Routing
@@ -87,7 +87,7 @@ def apply_capacity(
     `batch`: where other processes hold tokens too, all assignments of the batch, which fill the slots together.
     """
     batch = batch or BatchAssignments(routing=routing)
-    precedence_N = order_of_precedence(batch.routing, capacity.drop_order, generator)
+    precedence_N = order_by_precedence(batch.routing, capacity.drop_order, generator)
     kept_N = keep_first_slots(batch.routing, slots, precedence_N)
     if capacity.overflow == "reroute":
         expert_N, kept_N = reroute(batch.routing, kept_N, slots, precedence_N)
@@ -132,9 +132,9 @@ def reroute(routing: Routing, kept_N: Tensor, slots: int, precedence_N: Tensor) 
     other_TO = rank_top_k(ranked_TE, min(NUM_ROUNDS, num_experts))
     for turn in range(other_TO.shape[1]):
         candidate_N = other_TO[token_N, turn]
-        is_first_N = positions_in_queues(token_N.where(waiting_N, num_tokens), num_tokens, precedence_N) == 0
+        is_first_N = find_queue_positions(token_N.where(waiting_N, num_tokens), num_tokens, precedence_N) == 0
         requests_N = waiting_N & is_first_N & (turn < num_others_T[token_N])
-        position_N = positions_in_queues(candidate_N.where(requests_N, num_experts), num_experts, precedence_N)
+        position_N = find_queue_positions(candidate_N.where(requests_N, num_experts), num_experts, precedence_N)
         granted_N = requests_N & (position_N < free_E[candidate_N])
         expert_N = candidate_N.where(granted_N, expert_N)
         waiting_N, kept_N = waiting_N & ~granted_N, kept_N | granted_N

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moebench.experts.bank import Bank
-from moebench.experts.bank_pass import unit_scale
+from moebench.experts.bank_pass import divide_by_rms
 from moebench.routing.mixing import SoftRouting
 from moebench.routing.values import ChainRouting, Routing
 
@@ -41,7 +41,7 @@ def chain_loop(bank: Bank, x_TD: Tensor, routing: ChainRouting) -> Tensor:
     state = list(x_TD)
     pairs = zip(compact.token_N.tolist(), compact.expert_N.tolist(), compact.weight_N, strict=True)
     for token, step, weight in pairs:  # a token's steps are listed in their order
-        read_D = state[token] if step == 0 else unit_scale(state[token])
+        read_D = state[token] if step == 0 else divide_by_rms(state[token])
         state[token] = state[token] + bank.expert(read_D, step)
         tokens[token] = tokens[token] + weight.to(x_TD.dtype) * (state[token] - x_TD[token])
     return torch.stack(tokens) if tokens else x_TD * 0

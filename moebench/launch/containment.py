@@ -26,7 +26,7 @@ class Containment:
         try:
             yield
         except (Exception, SystemExit) as error:
-            self.add(f"{action}: {describe_with_place(error)}")
+            self.add(f"{action}: {describe_with_location(error)}")
 
     def add(self, line: str) -> None:
         """Record a problem, unless it has been recorded before."""
@@ -36,10 +36,10 @@ class Containment:
                 self._on_problem(line)
 
 
-def describe_with_place(error: BaseException) -> str:
+def describe_with_location(error: BaseException) -> str:
     """Return an exception in one line, with the innermost line of moebench that it passed."""
     text = " ".join(str(error).split())[:300]
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if PACKAGE in Path(frame.filename).parents]
     inner = [frame for frame in frames if frame.filename != __file__]
-    place = f" ({Path(inner[-1].filename).relative_to(PACKAGE.parent)}:{inner[-1].lineno})" if inner else ""
-    return f"{type(error).__name__}{': ' if text else ''}{text}{place}"
+    location = f" ({Path(inner[-1].filename).relative_to(PACKAGE.parent)}:{inner[-1].lineno})" if inner else ""
+    return f"{type(error).__name__}{': ' if text else ''}{text}{location}"

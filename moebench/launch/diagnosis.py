@@ -61,7 +61,7 @@ def diagnose(reports: Sequence[ExitReport], timeout_s: float) -> Diagnosis:
 
 
 def describe_stall(reports: Sequence[ExitReport], halts: Sequence[str], silent_s: float) -> str:
-    """Describe a cell whose processes finish no step; `halts` say of each process why it cannot go on, if known."""
+    """Describe a cell whose processes finish no step; `halts` say of each process why it cannot continue, if known."""
     step = max(report.step for report in reports)
     names = [_process_name(report, reports) for report in reports]
     reasons = [f"{name} {halt}" for name, halt in zip(names, halts, strict=True) if halt]

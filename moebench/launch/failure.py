@@ -30,8 +30,8 @@ def describe_exception(error: BaseException) -> str:
     """Return type, text and, of one that a plug-in raised, file and line of an exception, in one line."""
     if isinstance(error, UsageError):
         return str(error)
-    place = find_plugin_line(error)
-    where = f" ({place[0]}:{place[1]})" if place else ""
+    location = find_plugin_line(error)
+    where = f" ({location[0]}:{location[1]})" if location else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
 
 

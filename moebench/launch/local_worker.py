@@ -31,7 +31,7 @@ class Worker(Protocol):
 
     rank: int
     has_ended: bool
-    """Whether no more messages will come."""
+    """Whether all messages have arrived."""
     notes: Sequence[str] = ()
     """Lines for the user that the process has sent."""
     last_message_at: float
@@ -56,7 +56,7 @@ class Worker(Protocol):
         """Return how the process ended, or that it has not."""
 
     def describe_halt(self) -> str:
-        """Return why the process cannot go on, such as a stop signal; an empty string if nothing is known."""
+        """Return why the process cannot continue, such as a stop signal; an empty string if nothing is known."""
 
 
 class LocalWorker(Worker):

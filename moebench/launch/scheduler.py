@@ -132,10 +132,10 @@ class Scheduler:
         queue = deque(cells)
         outcomes: list[Outcome] = []
         self.results.mkdir(parents=True, exist_ok=True)
-        with handle_signals(self._record_signal), FolderIdentity(self.results) as place:
+        with handle_signals(self._record_signal), FolderIdentity(self.results) as identity:
             try:
                 while (queue and not self._is_stopping) or self.groups:
-                    place.require_in_place()
+                    identity.require_in_place()
                     for outcome in (*self._start_cells(queue), *self._poll()):
                         if outcome.is_retried:
                             queue.appendleft(outcome.cell)
@@ -149,7 +149,7 @@ class Scheduler:
                     if self._is_stopping:
                         outcomes += self._stop_all()
                         break
-                place.require_in_place()
+                identity.require_in_place()
             finally:
                 for group in self.groups:
                     group.kill()
@@ -193,7 +193,7 @@ class Scheduler:
         for group in self.groups:
             progress = group.poll()
             with self.containment.contain("display"):
-                for note in group.take_notes():
+                for note in group.pop_notes():
                     self.display.note(note)
             if progress is not None:
                 with self.containment.contain("display"):

@@ -42,7 +42,7 @@ class WorkerGroup:
         """Objects for `multiprocessing.connection.wait`, of all processes."""
         return [waitable for worker in self.workers for waitable in worker.waitables]
 
-    def take_notes(self) -> list[str]:
+    def pop_notes(self) -> list[str]:
         """Return the lines for the user that have arrived since the last call."""
         notes = [f"{self.cell.arm} seed {self.cell.seed}: {note}" for worker in self.workers for note in worker.notes]
         for worker in self.workers:

@@ -31,7 +31,7 @@ RECOMPUTED_WEIGHT_COPIES = 0.5
 """Copies in bf16 of each parameter of a network, kept from the forward pass until its block is computed again. Where
 blocks are not computed again, the numbers above include them: the backward pass reads them."""
 SAVED_COPIES = 3
-"""Copies of each parameter in a checkpoint that is written while training goes on: the value and two moments."""
+"""Copies of each parameter in a checkpoint that is written while training continues: the value and two moments."""
 SHARE_IN_UPDATE = 0.5
 """Fraction of the values of a forward pass that are still allocated during the update."""
 
@@ -64,7 +64,7 @@ class ModelSize:
         """Measure a model, which may be on the meta device.
 
         `length`, `decoder_length`: tokens of a sequence, for modules with values besides those of their own matrices,
-        which count them themselves, and for an encoder-decoder, of which each half sees its own tokens.
+        which count them themselves, and for an encoder-decoder, each half of which sees its own tokens.
         """
         values = _ValueCount(model, backbone, length, _share_tokens(model, backbone, length, decoder_length))
         expert_params = sum(parameter.numel() for parameter in model.parameters() if id(parameter) in values.rows)

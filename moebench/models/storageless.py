@@ -1,4 +1,4 @@
-"""Models without storage, of which only shapes are wanted."""
+"""Models without storage, built for their shapes."""
 
 import contextlib
 from collections.abc import Iterator

@@ -24,7 +24,7 @@ class StackBank(Bank):
         self.num_experts = len(stacks)
         self.stacks = nn.ModuleList(nn.ModuleList(stack) for stack in stacks)
 
-    def mix_sequences(self, x_TD: Tensor, routing: Routing, length: int, ctx: BatchContext) -> Tensor:
+    def compute_mixture_in_sequences(self, x_TD: Tensor, routing: Routing, length: int, ctx: BatchContext) -> Tensor:
         """Return y_TD = Σ_e w_te (stack_e(x)_t - x_t): what its stacks add to each token of sequences of `length`."""
         routing = routing.compact()
         y_TD = torch.zeros_like(x_TD)
@@ -129,7 +129,7 @@ class WholeModels(nn.Module):
         length, x_TD = x_BLD.shape[1], x_BLD.flatten(0, 1)
         record = self.layer.route(x_TD, ctx.route_in(self.layer, x_BLD))
         assert isinstance(record.kept, Routing)  # soft routers are refused where the plan is made
-        y_TD = self.bank.mix_sequences(x_TD, record.kept, length, ctx)
+        y_TD = self.bank.compute_mixture_in_sequences(x_TD, record.kept, length, ctx)
         return x_BLD + y_TD.view_as(x_BLD), [record]
 
     def flops_per_token(self, length: int) -> int:

@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on (`parallel.async_checkpoints`).
+"""Checkpoints that are written while training continues (`parallel.async_checkpoints`).
 
 A save copies the state and returns; a thread writes the copy as a save that waits does, so that a kill at any moment
 leaves the checkpoint before it valid. With several processes the threads have a communicator of their own, because

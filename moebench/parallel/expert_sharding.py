@@ -18,7 +18,7 @@ def shard_experts(model: nn.Module, mesh: Mesh, balance: BalanceConfig) -> None:
     """Shard the experts of a model, and give its layers the ranks over which their statistics are computed.
 
     Call it before weights are initialised, so that each process draws its own experts only. The parameters of E
-    experts become a DTensor of which this process holds E / `parallel.expert`. A DTensor fails where code treats it
+    experts become a DTensor; this process holds E / `parallel.expert` of them. A DTensor fails where code treats it
     like a plain tensor (a broadcast, stock clipping) instead of giving wrong numbers.
     """
     scopes = Scopes(

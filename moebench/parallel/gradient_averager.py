@@ -101,7 +101,7 @@ class GradientAverager:
             for parameter in bucket.parameters:
                 hook = self._make_hook(bucket)
                 self.hooks.append(parameter.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
-        for parameter in replicated:  # weights are drawn alike on each process, but processors round differently
+        for parameter in replicated:  # equal weights are drawn on each process, but processors round differently
             dist.broadcast(parameter.detach(), 0)
 
     def start(self) -> None:
@@ -142,7 +142,7 @@ class GradientAverager:
         return count_gradient
 
     def _send_complete_buckets(self, group: dist.ProcessGroup) -> None:
-        """Send what is complete, in the order of buckets: all processes must call the group alike."""
+        """Send what is complete, in the order of buckets: all processes must call the group in the same order."""
         for bucket in self.buckets:
             if bucket.group is group and bucket.flat is None:
                 if bucket.num_missing > 0:

@@ -22,7 +22,7 @@ messages that are large enough for its network."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Copies:
+class ReplicaGroup:
     """Processes with equal copies of a parameter: all of them, or for a shard of experts a column of the mesh."""
 
     group: dist.ProcessGroup
@@ -45,7 +45,7 @@ class ParameterShard:
     """The part of a parameter that this process updates."""
 
     parameter: nn.Parameter
-    copies: Copies
+    copies: ReplicaGroup
     dim: int | None
     """Dimension along which the copies divide the parameter as torch.chunk does; None: one copy updates all of it."""
     owner: int = 0
@@ -138,12 +138,12 @@ def plan_shards(parameters: Sequence[nn.Parameter], has_matrices: Sequence[bool]
     return [shard for shard in shards if shard is not None]
 
 
-def _build_copies(mesh: Mesh) -> tuple[Copies, Copies]:
+def _build_copies(mesh: Mesh) -> tuple[ReplicaGroup, ReplicaGroup]:
     """Return the copies of replicated parameters, and those of sharded ones."""
     ranks_W = torch.arange(mesh.size)
     world: Any = mesh.world
     kind = mesh.device.type
-    everywhere = Copies(
+    everywhere = ReplicaGroup(
         group=world.group,
         device_mesh=DeviceMesh.from_group(world.group, kind, mesh=ranks_W, mesh_dim_names=("data",)),
     )
@@ -154,7 +154,7 @@ def _build_copies(mesh: Mesh) -> tuple[Copies, Copies]:
     device_mesh = DeviceMesh.from_group(
         [mesh.expert_group, mesh.replica_group], kind, mesh=ranks_ED, mesh_dim_names=("expert", "data")
     )
-    return everywhere, Copies(group=mesh.replica_group, device_mesh=device_mesh)
+    return everywhere, ReplicaGroup(group=mesh.replica_group, device_mesh=device_mesh)
 
 
 def _choose_dim(shape: torch.Size, num_copies: int, *, is_matrix: bool) -> int | None:
@@ -196,7 +196,7 @@ def _view_parts(shard: ParameterShard) -> tuple[Tensor, Tensor]:
 
 
 def _split_pieces(parts_W: Tensor, updated: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Split the parts of a parameter into pieces of which all together have `MAX_GATHERED_ELEMENTS` at most."""
+    """Split the parts of a parameter into pieces that together have `MAX_GATHERED_ELEMENTS` at most."""
     limit = MAX_GATHERED_ELEMENTS[parts_W.device.type]
     if parts_W.numel() <= limit or not updated.dim():
         yield parts_W, updated
@@ -223,7 +223,7 @@ def _fill_buckets(pieces: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tupl
         yield bucket
 
 
-def _gather_bucket(bucket: Sequence[tuple[Tensor, Tensor]], copies: Copies) -> None:
+def _gather_bucket(bucket: Sequence[tuple[Tensor, Tensor]], copies: ReplicaGroup) -> None:
     flat_R = torch.cat([updated.reshape(-1) for _, updated in bucket])
     gathered_WR = flat_R.new_empty(copies.size, flat_R.numel())
     dist.all_gather_into_tensor(gathered_WR.view(-1), flat_R, group=copies.group)

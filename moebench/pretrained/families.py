@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from moebench.errors import UsageError, nearest
+from moebench.errors import UsageError, suggest
 
 CONFIG = "config.json"
 
@@ -152,7 +152,7 @@ def find_family(config: Mapping[str, Any], file: str, *, requires_experts: bool 
     if family is None:
         if requires_experts and not _mentions_experts(config):
             raise UsageError(f"{file}: the model_type {model_type!r} has no experts (known: {_list_known(families)})")
-        near = nearest(str(model_type), families)
+        near = suggest(str(model_type), families)
         raise UsageError(f"{file}: the model_type {model_type!r} is unknown.{near} Allowed: {_list_known(families)}")
     if architectures and family.architecture not in architectures:
         raise UsageError(f"{file}: the architecture {architectures!r} is unknown; allowed: {family.architecture}")

@@ -13,11 +13,11 @@ def require_libraries() -> None:
     for name, first in NEEDED.items():
         least = ".".join(map(str, first))
         try:
-            given = version(name)
+            installed = version(name)
         except PackageNotFoundError as error:
             raise UsageError(f"hf: needs {name}>={least} (pip install 'moebench[hf]')") from error
-        if _parse(given) < first:
-            raise UsageError(f"hf: needs {name}>={least}, and {given} is installed (pip install 'moebench[hf]')")
+        if _parse(installed) < first:
+            raise UsageError(f"hf: needs {name}>={least}, and {installed} is installed (pip install 'moebench[hf]')")
 
 
 def _parse(text: str) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moebench.errors import UsageError, unknown
+from moebench.errors import UsageError, build_unknown_error
 from moebench.pretrained.families import CONFIG, OWN_FORMAT
 from moebench.pretrained.folder import PretrainedFolder
 from moebench.pretrained.memory import require_memory
@@ -71,7 +71,7 @@ def choose_dtype(folder: PretrainedFolder, dtype: str) -> torch.dtype:
             sizes[name] = sizes.get(name, 0) + tensor.size
         dtype = max(sizes, key=sizes.__getitem__)
     if dtype not in DTYPES:
-        raise unknown("--dtype", dtype, (AS_STORED, *DTYPES))
+        raise build_unknown_error("--dtype", dtype, (AS_STORED, *DTYPES))
     return DTYPES[dtype]
 
 

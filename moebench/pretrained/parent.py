@@ -38,7 +38,7 @@ UNUSED_ENDINGS = (".rotary_emb.inv_freq",)
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ParentModel:
-    """A model whose training can go on in a cell with these settings."""
+    """A model whose training can continue in a cell with these settings."""
 
     folder: PretrainedFolder
     settings: Mapping[str, Any]

@@ -14,7 +14,7 @@ from moebench.printable import make_printable
 class SafeConsole(Console):
     """A console that shows the control characters of texts; those of its own styles and displays are obeyed.
 
-    It prints text as it is; with NO_COLOR (no-color.org) in neither colors nor bold.
+    It prints text as it is; with NO_COLOR (no-color.org) without colors and bold.
     """
 
     def __init__(self, **options: Any) -> None:

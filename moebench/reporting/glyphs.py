@@ -35,7 +35,7 @@ OTHERS = (
     "Arial Unicode MS",
     "Unifont",
 )
-"""Fonts of other scripts, of which those that are installed are used for what the default lacks."""
+"""Fonts of other scripts: those that are installed are used for what the default font lacks."""
 
 
 @lru_cache(maxsize=1)

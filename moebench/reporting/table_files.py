@@ -65,7 +65,7 @@ def escape_latex(text: str) -> str:
 
 
 def name_tables(tables: Iterable[Table]) -> dict[str, Table]:
-    """Return the tables by names for files: the first words of their titles, numbered where several begin alike."""
+    """Return the tables by names for files: the first words of their titles, numbered if several have the same."""
     named: dict[str, Table] = {}
     for table in tables:
         stem = re.sub(r"[^a-z0-9]+", "_", re.split("[:,]", table.title.lower())[0]).strip("_")[:60] or "table"

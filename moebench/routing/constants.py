@@ -7,6 +7,6 @@ import torch
 from torch import Tensor
 
 
-def constant_like(values: Iterable[float], like: Tensor) -> Tensor:
+def build_constant_like(values: Iterable[float], like: Tensor) -> Tensor:
     """Return a vector of these values, in the precision and on the device of `like`."""
     return torch.cat([like.new_zeros(0), *[like.new_full((len(list(run)),), value) for value, run in groupby(values)]])

@@ -97,7 +97,7 @@ class RouteContext:
         return replace(self, token_id_T=None, domain_T=None, features={}).of_whole_batch(ranks)
 
     def batch_tokens(self, num_tokens: int) -> int:
-        """Return T of the whole batch, of which `num_tokens` are on this process."""
+        """Return T of the whole batch; `num_tokens` of them are on this process."""
         return self.span.total if self.span else num_tokens
 
     def _draw(self, draw: Callable[..., Tensor], num_tokens: int, shape: tuple[int, ...]) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moebench.errors import UsageError, unknown
+from moebench.errors import UsageError, build_unknown_error
 from moebench.routing.context import DataSummary
 from moebench.routing.router import RouterBuildContext
 
@@ -27,7 +27,7 @@ def number_domains(listed: Sequence[str], data: DataSummary) -> list[int]:
         return list(range(len(data.domains)))
     for name in listed:
         if name not in data.domains:
-            raise unknown("router.domains", name, data.domains)
+            raise build_unknown_error("router.domains", name, data.domains)
     if len(set(listed)) != len(listed):
         raise UsageError(f"router.domains: {list(listed)} names a domain twice")
     missing = [name for name in data.domains[: data.num_domains] if name not in listed]

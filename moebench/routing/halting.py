@@ -16,9 +16,9 @@ from moebench.routing.router import Form, Router, RouterBuildContext
 class HaltingRouter(Router):
     """Run tokens through a chain of experts: h_0 = x, h_n = h_{n-1} + E_n(|h_{n-1}|), z_n = w·|h_n| + b.
 
-    |h| is the state divided by its root mean square (`experts.bank_pass.unit_scale`); E_1 reads x itself. Each expert
-    is one step, so a token takes at most E steps. A subclass defines when a token stops and how its steps are weighted.
-    Without a layer that computes the experts (`ctx.advance` is None) the state remains x.
+    |h| is the state divided by its root mean square (`divide_by_rms` in `experts.bank_pass`); E_1 reads x itself. Each
+    expert is one step, so a token takes at most E steps. A subclass defines when a token stops and how its steps are
+    weighted. Without a layer that computes the experts (`ctx.advance` is None) the state remains x.
     """
 
     form = Form.CHAIN

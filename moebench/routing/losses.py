@@ -1,4 +1,4 @@
-"""Auxiliary losses: pure functions of a LayerRecord, without coefficients, normalised alike for every router.
+"""Auxiliary losses: pure functions of a LayerRecord, without coefficients, normalised in the same way for every router.
 
 At uniform routing a balance loss is 1 (products) or 0 (squared variations) for any number of experts per token. Losses
 are computed per layer and averaged over layers: summing over layers, or pooling their statistics, would make the same

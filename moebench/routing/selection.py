@@ -13,11 +13,11 @@ def select(routing: Routing, chosen_N: Tensor) -> Routing:
 
     The list keeps its length where it would be necessary to wait for a device in order to shorten it.
     """
-    if reads_without_waiting(chosen_N.device):
+    if can_read_without_waiting(chosen_N.device):
         return routing.keep(chosen_N).compact()
     return replace(routing.keep(chosen_N), chosen_N=chosen_N)
 
 
-def reads_without_waiting(device: torch.device) -> bool:
+def can_read_without_waiting(device: torch.device) -> bool:
     """Return whether values of a tensor can be read at once."""
     return device.type == "cpu"

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from moebench.errors import UsageError, unknown
+from moebench.errors import UsageError, build_unknown_error
 from moebench.runs.folder import RunFolder, list_run_folders
 
 
@@ -15,5 +15,5 @@ def find_run(results: Path, run: str) -> RunFolder:
     if len(matching) > 1:
         raise UsageError(f"run: '{run}' matches {len(matching)} ids ({', '.join(matching)}); give a longer prefix")
     if not matching:
-        raise unknown("run", run, ids)
+        raise build_unknown_error("run", run, ids)
     return RunFolder.of(results, matching[0])

@@ -68,7 +68,7 @@ def load_or_create(folder: Path, create: Callable[[], tuple[dict[str, Any], Arra
     return entry
 
 
-def digest_of(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+def compute_digest_of_entry(meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
     """Return a SHA-256 (hex) of metadata and arrays."""
     digest = hashlib.sha256(json.dumps(meta, sort_keys=True).encode())
     for name in sorted(arrays):
@@ -102,7 +102,7 @@ def _map_array(folder: Path, name: str) -> np.ndarray:
 
 def _complete(meta: dict[str, Any], arrays: Arrays) -> tuple[dict[str, Any], Arrays]:
     """Add the digest and the checksums to the metadata."""
-    meta = meta | {"digest": digest_of(meta, arrays)}
+    meta = meta | {"digest": compute_digest_of_entry(meta, arrays)}
     meta["checksums"] = {name: _checksum(array) for name, array in arrays.items()}
     meta["checksum"] = _meta_checksum(meta)
     return meta, arrays

@@ -72,15 +72,15 @@ class Clustered(Task):
         sequence_length: int = 16
         """Tokens per sequence."""
         num_clusters: int = 8
-        """Clusters, all equally frequent."""
+        """Number of clusters, all equally frequent."""
         width: int = 16
-        """Components of a token's vector and of its target."""
+        """Number of components of a token's vector and of its target."""
         spread: float = 0.5
         """Standard deviation of a token around the centre of its cluster; centres have variance 1."""
         noise: float = 0.1
         """Standard deviation of the noise in the target, which no model can predict."""
         eval_sequences: int = 64
-        """Sequences in an evaluation."""
+        """Number of sequences in an evaluation."""
         data_seed: int = 0
         """Seed of centres, maps and evaluation sets; training data use the seed of the cell."""
 

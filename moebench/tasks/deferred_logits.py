@@ -20,7 +20,7 @@ from torch.nn import functional
 MAX_LOGITS = {"full": None, "auto": 2**28, "chunked": 0}
 """train.cross_entropy -> logits of a batch above which they are deferred; None: never."""
 CHUNK_LOGITS = 2**27
-"""Logits of a chunk: half a GiB in fp32, of which a chunk needs about twice."""
+"""Logits of a chunk: half a GiB in fp32; a chunk needs about twice as much memory."""
 
 
 class DeferredLogits:

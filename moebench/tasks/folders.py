@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from moebench.errors import UsageError, nearest
+from moebench.errors import UsageError, suggest
 from moebench.file_access import is_utf8, require_utf8
 from moebench.tasks.sources import first_line, warn
 
@@ -26,7 +26,7 @@ def find_source(path: str, advice: str = "") -> Path:
     try:
         if root.exists():
             return root
-        near = nearest(root.name, (p.name for p in root.parent.iterdir())) if root.parent.is_dir() else ""
+        near = suggest(root.name, (p.name for p in root.parent.iterdir())) if root.parent.is_dir() else ""
     except OSError as error:
         raise UsageError(f"task.data.path: '{path}' cannot be read ({first_line(error)})") from error
     raise UsageError(f"task.data.path: '{path}' does not exist.{near}{advice}")
@@ -43,14 +43,16 @@ def list_files(root: Path, endings: Sequence[str]) -> dict[str, Path]:
     matching = (path for path in paths if path.name.lower().endswith(tuple(endings)))
     files: dict[str, Path] = {}
     for path in matching:
-        name = name_of(path, root if path != root else root.parent)
+        name = format_relative_path(path, root if path != root else root.parent)
         if name in files:
-            raise UsageError(f"task.data.path: there are two files '{name}', of which one is not UTF-8; rename one")
+            raise UsageError(
+                f"task.data.path: there are two files '{name}', and one of the names is not UTF-8; rename one"
+            )
         files[name] = path
     return files
 
 
-def name_of(path: Path, root: Path) -> str:
+def format_relative_path(path: Path, root: Path) -> str:
     r"""Return the path of a file relative to a folder, as text: bytes that are not UTF-8 are written as \xNN."""
     name = path.relative_to(root).as_posix()
     return name if is_utf8(name) else os.fsencode(name).decode(errors="backslashreplace")
@@ -92,7 +94,7 @@ def assign_parts(names: Iterable[str], *, by_file: bool) -> dict[str, str]:
     return part_of
 
 
-def folders_of(name: str, *, divided: bool) -> list[str]:
+def list_parent_folders(name: str, *, divided: bool) -> list[str]:
     """Return the folders of a file from the top; if files are divided into parts, without the folder of its part."""
     folders = name.split("/")[:-1]
     matches = (i for i, folder in enumerate(folders) if divided and _FOLDER.fullmatch(folder))

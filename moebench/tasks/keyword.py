@@ -17,7 +17,7 @@ from moebench.tasks.baselines.baseline import TrivialBaseline
 from moebench.tasks.baselines.classification import (
     NUM_PARTS,
     ClassBaselines,
-    Classification,
+    ClassificationData,
     average_parts,
     limit_samples,
 )
@@ -93,7 +93,7 @@ class Keyword(AudioTask):
         index_N = evaluation_indices(train, None)
         number = limit_samples(len(index_N), num_features)
         index_N = index_N[np.arange(number) * len(index_N) // number]
-        problem = Classification(
+        problem = ClassificationData(
             task=self,
             num_classes=self.num_classes,
             batches=(self._batch(train, index_N[i : i + EVAL_BATCH]) for i in range(0, number, EVAL_BATCH)),

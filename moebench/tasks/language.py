@@ -81,8 +81,8 @@ class TextConfig(TaskConfig):
     eval_windows: int | None = 128
     """Sequences per domain in an evaluation, evenly spaced over the split; null: all."""
     train_windows: int | None = None
-    """Sequences of the training split that are trained on, the same for every seed, and all of a smaller number among
-    those of a larger one; null: all. It also lifts the limit of epochs of train.max_epochs=null."""
+    """Number of sequences of the training split that are used, the same ones for every seed; a smaller number selects a
+    part of what a larger one selects. null: all. If it is set, train.max_epochs=null sets no limit."""
     data: TextDataConfig = field(default_factory=TextDataConfig)
     """Source of the text."""
 

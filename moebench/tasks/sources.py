@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from moebench.errors import UsageError, require, unknown
+from moebench.errors import UsageError, build_unknown_error, require
 from moebench.printable import print_text
 from moebench.tasks.task import OUT_OF_DOMAIN
 
@@ -83,7 +83,7 @@ def check_held_out(names: Sequence[str], known: Sequence[str]) -> list[str]:
     key = "task.data.held_out_domains"
     for name in names:
         if name not in known:
-            raise unknown(key, name, known)
+            raise build_unknown_error(key, name, known)
     require(len(names) < len(known), key, names, f"some of {', '.join(known)}, so that some are left to train on")
     check_domain_names(known)
     return sorted(names)

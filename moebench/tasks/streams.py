@@ -30,7 +30,7 @@ def open_text(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", newline="")
 
 
-def plain_ending(name: str) -> str:
+def find_uncompressed_ending(name: str) -> str:
     """Return the ending of a file in lower case, without that of its compression."""
     name = name.lower()
     for ending in COMPRESSED:
@@ -61,7 +61,7 @@ def read_lines(file: TextIO, name: str) -> Iterator[str]:
 
 
 def read_json_array(file: TextIO, name: str) -> Iterator[Any]:
-    """Yield the items of a JSON array, of which one at a time is in memory; raise ValueError if it is none.
+    """Yield the items of a JSON array, keeping one at a time in memory; raise ValueError if it is none.
 
     Raises UsageError for an item of more than `LONGEST_ROW` characters.
     """

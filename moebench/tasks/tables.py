@@ -9,9 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from moebench.errors import UsageError, nearest
+from moebench.errors import UsageError, suggest
 from moebench.tasks.sources import first_line, load_dataset
-from moebench.tasks.streams import COMPRESSED, LONGEST_ROW, open_text, plain_ending, read_json_array, read_lines
+from moebench.tasks.streams import (
+    COMPRESSED,
+    LONGEST_ROW,
+    find_uncompressed_ending,
+    open_text,
+    read_json_array,
+    read_lines,
+)
 
 TABLES = (".parquet", *(f"{kind}{packed}" for kind in (".csv", ".jsonl", ".json") for packed in ("", *COMPRESSED)))
 
@@ -36,7 +43,7 @@ class Table:
         """Raise UsageError with the existing columns if `column`, the value of task.data.`key`, is not one of them."""
         if column not in self.columns:
             known = f"columns of {self.name}: {', '.join(self.columns)}"
-            raise UsageError(f"task.data.{key}: there is no column '{column}'.{nearest(column, self.columns)} {known}")
+            raise UsageError(f"task.data.{key}: there is no column '{column}'.{suggest(column, self.columns)} {known}")
 
     def read(self, columns: Iterable[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield the location of each row, for messages, and its cells, with class names in place of class indices."""
@@ -121,7 +128,7 @@ def open_table(path: Path, name: str | None = None) -> Table:
     with file_errors(name):
         if path.suffix.lower() == ".parquet":
             return _parquet_table(path, name)
-        is_csv = plain_ending(path.name) == ".csv"
+        is_csv = find_uncompressed_ending(path.name) == ".csv"
         rows = read_rows(path, name)
         first = next(rows, None)
         if first is None:
@@ -139,7 +146,7 @@ def open_table(path: Path, name: str | None = None) -> Table:
 
 def read_rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a CSV or JSON file, one at a time; wrap it in `file_errors`."""
-    return _csv_rows(path, name) if plain_ending(path.name) == ".csv" else _json_rows(path, name)
+    return _csv_rows(path, name) if find_uncompressed_ending(path.name) == ".csv" else _json_rows(path, name)
 
 
 def open_hub_table(name: str, config: str | None, *, split: str, revision: str | None) -> Table:
@@ -216,7 +223,7 @@ def _json_lines(file: TextIO, name: str) -> Iterator[tuple[int, Any]]:
             if text:
                 yield number, json.loads(text)
         except ValueError as error:
-            if number == 0 and text.startswith("{") and plain_ending(name) == ".json":
+            if number == 0 and text.startswith("{") and find_uncompressed_ending(name) == ".json":
                 raise UsageError(
                     f"task.data.path: '{name}' is one object over several lines; allowed: an array of rows, or one row"
                     " a line (jq -c '.data[]' takes them out of a key)"

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import override
 
-from moebench.errors import UsageError, require, unknown
+from moebench.errors import UsageError, build_unknown_error, require
 from moebench.ranges import AT_LEAST_1, BELOW_1, Range, check_ranges
 from moebench.tasks.baselines.baseline import TrivialBaseline
 from moebench.tasks.baselines.classification import (
     MAX_PIXELS,
     ClassBaselines,
-    Classification,
+    ClassificationData,
     flatten_patches,
     limit_samples,
 )
@@ -75,7 +75,7 @@ class Vision(Task):
         pooling: Literal["mean", "class_token"] = "mean"
         """Input of the head: the mean of all tokens, or a class token before them."""
         shift: int = 2
-        """Largest shift of training images in pixels, vertically and horizontally; below data.size."""
+        """Maximum shift of training images in pixels, vertically and horizontally; below data.size."""
         mirror: list[str] | None = None
         """Domains whose training images are mirrored with probability 1/2; null: fashion, if it is the embedded set."""
         label_smoothing: float = 0.0
@@ -114,7 +114,7 @@ class Vision(Task):
         mirrored = ("fashion",) if config.mirror is None and config.data.is_embedded else config.mirror or ()
         for name in config.mirror or ():
             if name not in images.domains:
-                raise unknown("task.mirror", name, images.domains)
+                raise build_unknown_error("task.mirror", name, images.domains)
         self.mirror_D = np.array([name in mirrored for name in images.domains])
         self.digest = _digest(images.digest, sorted(held_out))
         self.eval_digest = _digest(self.digest, config.eval_images, "accuracy")
@@ -178,7 +178,7 @@ class Vision(Task):
     def _class_baselines(self) -> ClassBaselines:
         width = self.config.data.size**2 * self.config.data.num_channels
         number = limit_samples(len(self.train_I), width if width <= MAX_PIXELS else width // self.config.patch**2)
-        problem = Classification(
+        problem = ClassificationData(
             task=self,
             num_classes=len(self.class_of_K),
             batches=self._build_unaugmented_batches(self.images.train, self.train_I[:number], EVAL_BATCH),

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlsplit
 
 from moebench.commands import format_command
-from moebench.errors import UsageError, nearest
+from moebench.errors import UsageError, suggest
 
 NO_TRACKER = "none"
 _SQL = ("postgresql", "mysql", "mssql")
@@ -131,7 +131,7 @@ def _find_defect(uri: str) -> str | None:
         return f"has no scheme. Allowed: {NO_TRACKER}, or an address with {', '.join(_SCHEMES)}"
     if kind not in _SCHEMES:
         return (
-            f"'{kind}' is not a kind of tracker.{nearest(kind, _SCHEMES)} Allowed: {NO_TRACKER}, {', '.join(_SCHEMES)}"
+            f"'{kind}' is not a kind of tracker.{suggest(kind, _SCHEMES)} Allowed: {NO_TRACKER}, {', '.join(_SCHEMES)}"
         )
     if kind == "sqlite":
         return _find_sqlite_defect(uri)

@@ -72,7 +72,7 @@ def read_experiments(path: Path) -> list[tuple[str, str, list[str]]]:
     return [(str(experiment), str(name), tags.get(str(experiment), [])) for experiment, name in rows]
 
 
-def drop_doubled_points(path: Path, run_ids: Collection[str]) -> None:
+def drop_duplicate_points(path: Path, run_ids: Collection[str]) -> None:
     """Leave the latest of several values that a run has of a metric at a step: a resumed run measured it again."""
     delete = """
         delete from metrics where run_uuid = :run and timestamp < (

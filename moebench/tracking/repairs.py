@@ -7,7 +7,7 @@ from pathlib import Path
 from filelock import Timeout
 
 from moebench.tracking.address import sqlite_path
-from moebench.tracking.database import drop_doubled_points
+from moebench.tracking.database import drop_duplicate_points
 from moebench.tracking.locks import hold_lock
 from moebench.tracking.mlflow_store import MlflowStore, TrackerError
 from moebench.tracking.replay import replay
@@ -16,7 +16,7 @@ from moebench.tracking.stored_runs import RunAudit
 _LOCK_TIMEOUT_S = 60
 
 
-def drop_doubled(results: Path, uri: str, audits: Sequence[RunAudit]) -> None:
+def drop_duplicates(results: Path, uri: str, audits: Sequence[RunAudit]) -> None:
     """Leave one of the points that a tracker has twice: that of the journal, which is the latest.
 
     A database drops the others. A server has no call for it: the run goes to its trash, and is sent again. Raises
@@ -30,7 +30,7 @@ def drop_doubled(results: Path, uri: str, audits: Sequence[RunAudit]) -> None:
         return
     try:
         with hold_lock(results / ".tracking.lock", _LOCK_TIMEOUT_S, lambda: None):
-            drop_doubled_points(path, [audit.run_id for audit in audits])
+            drop_duplicate_points(path, [audit.run_id for audit in audits])
     except Timeout as error:
         raise TrackerError(f"{results}: another process is sending to a tracker") from error
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from moebench.errors import unknown
+from moebench.errors import build_unknown_error
 from moebench.tracking.locks import hold_lock
 from moebench.tracking.mlflow_store import MlflowStore, TrackerError
 from moebench.tracking.report import ReplayReport
@@ -32,7 +32,7 @@ def replay(
 
     experiments = list_recorded_experiments(results)
     if experiment_name is not None and experiment_name not in experiments:
-        raise unknown("experiment", experiment_name, experiments)
+        raise build_unknown_error("experiment", experiment_name, experiments)
     report = ReplayReport()
     try:
         with hold_lock(results / ".tracking.lock", _LOCK_TIMEOUT_S, on_progress):

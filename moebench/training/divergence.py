@@ -2,7 +2,7 @@
 
 
 class DivergedError(Exception):
-    """Training cannot go on because of its own numbers; the same cell fails again at the same step."""
+    """Training cannot continue because of its own numbers; the same cell fails again at the same step."""
 
 
 class NonFiniteError(DivergedError):
@@ -10,4 +10,4 @@ class NonFiniteError(DivergedError):
 
 
 class SpikeError(DivergedError):
-    """The loss of a step is a spike, and `train.spike_policy` does not allow to go on."""
+    """The loss of a step is a spike, and `train.spike_policy` does not allow training to continue."""

@@ -71,7 +71,7 @@ def probe(
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
     def compute_features(batch: Batch) -> Tensor:
-        batch = part_of_rank(batch, mesh, model).to(device)
+        batch = select_rank_part(batch, mesh, model).to(device)
         with torch.autocast(kind, dtype=precision, enabled=precision is not None):
             ctx = batch_context(batch, training=False, seed=seed, micro_batch=next(batch_numbers))
             x_BLD, _ = model.compute_hidden(batch, ctx)
@@ -101,7 +101,7 @@ def evaluation_mode(model: Model) -> Iterator[None]:
         model.train(was_training)
 
 
-def part_of_rank(batch: Batch, mesh: Mesh, model: Model) -> Batch:
+def select_rank_part(batch: Batch, mesh: Mesh, model: Model) -> Batch:
     """Return the sequences of an evaluation batch that belong to this process."""
     if mesh.size == 1:
         return batch
@@ -142,7 +142,7 @@ def _evaluate(model: Model, task: Task, batches: Sequence[Batch], seed: int, dev
     layers = model.backbone.moe_layers()
     trained, held_out = (_ExpertCounts(LabelCounts(task.label_kinds()), ExecutedCost(layers)) for _ in range(2))
     for number, batch in enumerate(batches):
-        part = part_of_rank(batch, mesh, model).to(device)
+        part = select_rank_part(batch, mesh, model).to(device)
         # With the same noise in every batch, loads would depend on that noise.
         ctx = batch_context(part, training=False, seed=seed, micro_batch=number)
         output, records = model(part, ctx)

@@ -23,9 +23,9 @@ def save_kept_weights(trainer: Any, module: "CellModule", checkpoints: Path, cel
 
 
 def prepare_kept_weights(train: TrainConfig, checkpoints: Path, step: int) -> str | None:
-    """Remove the weights of later steps than `step`, from which a run goes on: they are written again.
+    """Remove the weights of later steps than `step`, from which a run continues: they are written again.
 
-    Returns a line on steps up to it of which there are none: they were not to be kept when the run was there.
+    Returns a line on steps up to it without kept weights: when the run passed them, they were not requested.
     """
     remove_checkpoints_after(step, checkpoints / KEPT)
     kept = {parse_step(path) for path in list_manifests(checkpoints / KEPT)}

@@ -22,7 +22,7 @@ from moebench.schema import CellConfig
 from moebench.tasks.deferred_logits import ModelOutput
 from moebench.tasks.task import Batch, Task
 from moebench.training.batches import BatchSource, build_loss_normalizer
-from moebench.training.evaluation import batch_context, evaluation_mode, part_of_rank, training_precision
+from moebench.training.evaluation import batch_context, evaluation_mode, select_rank_part, training_precision
 from moebench.training.model import Model
 from moebench.training.objective import LossNormalizer, Objective
 
@@ -63,7 +63,7 @@ class Finding:
     micro_batch: int
     stage: int
     index: int
-    """Position within the stage; on several processes they are counted alike."""
+    """Position within the stage; on several processes they are counted in the same way."""
     name: str
 
     def describe(self, rank: int, num_ranks: int) -> str:
@@ -113,7 +113,7 @@ def trace_evaluation(module: Trainable, batches: Sequence[Batch]) -> str:
     first = _select_first(log, module.mesh)
     with evaluation_mode(module.model), training_precision(module.config.train, module.device):
         for number, batch in enumerate(batches if not first else ()):
-            part = part_of_rank(batch, module.mesh, module.model).to(module.device)
+            part = select_rank_part(batch, module.mesh, module.model).to(module.device)
             with _watch_modules(module.model, log, gradients=False):
                 _check_batch(part, log)
                 ctx = batch_context(part, training=False, seed=module.config.seed, micro_batch=number)
@@ -149,7 +149,7 @@ def _check_parameters(model: nn.Module, log: FindingList) -> None:
     for name, parameter in model.named_parameters():
         log.check(PARAMETER, f"the parameter {name}", parameter)
     for name, buffer in model.named_buffers():
-        log.check(PARAMETER, f"the buffer {name}", (_OnlyNaN(buffer),))
+        log.check(PARAMETER, f"the buffer {name}", (_InfinityAllowed(buffer),))
 
 
 def _check_batch(batch: Batch, log: FindingList) -> None:
@@ -185,7 +185,7 @@ def _make_hook(name: str, log: FindingList, gradients: bool) -> Callable[[nn.Mod
 
 
 @dataclass(frozen=True)
-class _OnlyNaN:
+class _InfinityAllowed:
     """A value in which an infinity is allowed, such as a threshold or a mask."""
 
     value: Any
@@ -211,7 +211,7 @@ def _find_non_finite(value: Any, *, allows_infinity: bool = False, depth: int = 
         for entry in dataclasses.fields(value):
             part = _find_non_finite(getattr(value, entry.name), allows_infinity=True, depth=depth + 1)
             if part is not None:
-                return part if isinstance(value, _OnlyNaN) else f" ({entry.name}){part.removeprefix(' ')}"
+                return part if isinstance(value, _InfinityAllowed) else f" ({entry.name}){part.removeprefix(' ')}"
     return None
 
 

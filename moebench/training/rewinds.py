@@ -19,7 +19,7 @@ FILE = "rewinds.json"
 """In the folder of the checkpoints: a run on another mesh continues with both."""
 
 
-class RewindRequest(Exception):  # noqa: N818 - not an error: training goes on
+class RewindRequest(Exception):  # noqa: N818 - not an error: training continues
     """The loss of a step is a spike: training goes back. Raised before the update, on all processes."""
 
     def __init__(self, spike: Spike) -> None:

@@ -66,7 +66,7 @@ class KilledError(Exception):
 
 
 def _spike(mesh: Mesh, text: Path, folder: Path, policy: str, killed_at: int | None) -> dict[str, Any]:
-    """Train with a spike that one rank sees in its part of the batch; die in step `killed_at` and go on."""
+    """Train with a spike that one rank sees in its part of the batch; die in step `killed_at` and continue."""
     train = {"steps": 24, "spike_window": 8, "checkpoint_every": 4, "spike_policy": policy}
     config = tiny_config(text, train=train, parallel={"expert": 2}, router="loss_free")
     folder = folder / f"{policy} {killed_at}"

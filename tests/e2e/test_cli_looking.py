@@ -185,6 +185,19 @@ def test_show_prints_use_and_pitfalls_of_a_router(cli: CommandLine, warm: WarmCo
     assert description in every
 
 
+def test_show_writes_a_table_of_all_routers_and_a_page_for_each_family(cli: CommandLine, warm: WarmCommandLine) -> None:
+    ended = warm(cli, "show", "--all-routers", "--out", "docs")
+    assert (ended.code, ended.err) == (0, "")
+    written = {path.relative_to(cli.folder).as_posix() for path in (cli.folder / "docs").rglob("*.md")}
+    assert set(ended.out.split()) == written
+    assert {"docs/routers.md", "docs/routers/token_choice.md", "docs/routers/baseline.md"} <= written
+    links = re.findall(r"\]\((routers/\w+\.md)#(\w+)\)", (cli.folder / "docs" / "routers.md").read_text())
+    assert ("routers/global_assignment.md", "base") in links
+    assert {f"docs/{page}" for page, _ in links} == written - {"docs/routers.md"}
+    for page, router in links:
+        assert (cli.folder / "docs" / page).read_text().count(f"\n## {router}\n") == 1
+
+
 @pytest.mark.parametrize("router", ["top_k", "expert_choice", "base", "hash", "soft_moe", "olmoe"])
 def test_show_draws_a_worked_example(cli: CommandLine, warm: WarmCommandLine, router: str) -> None:
     ended = warm(cli, "show", router, "--plot", "example.png", "--json")
@@ -200,6 +213,9 @@ def test_show_draws_a_worked_example(cli: CommandLine, warm: WarmCommandLine, ro
         (["base", "--all-routers"], ["show", "--all-routers"]),
         (["base", "switch"], ["show", "give one of a name"]),
         (["--all-routers", "--plot", "x.png"], ["--plot", "one router"]),
+        (["base", "--out", "docs"], ["--out", "--all-routers"]),
+        (["--all-routers", "--out", "docs", "--json"], ["--out", "without --json"]),
+        (["--all-routers", "--out", "tiny.yaml"], ["--out tiny.yaml", "cannot be written"]),
         (["every_n", "--plot", "x.png"], ["--plot", "'every_n' is a layout"]),
         (["base", "--plot", "nowhere/x.png"], ["--plot nowhere/x.png"]),
     ],

@@ -29,7 +29,7 @@ def test_an_interrupted_run_ends_with_the_same_cells_and_verdicts(cli: CommandLi
     stopped = cli.wait(process, timeout=60)
     assert stopped.code in (130, 0), stopped.err
     if stopped.code:
-        assert "--until decided --max-seeds 6" in stopped.err  # the command that goes on
+        assert "--until decided --max-seeds 6" in stopped.err  # the command that continues
     again = warm.train(cli, *UNTIL, "--json", "--jobs", "1", results="parts", timeout=240)
     assert again.code == 0, again.err
     assert again.json["until"] == until

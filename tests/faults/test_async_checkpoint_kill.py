@@ -1,4 +1,4 @@
-"""A kill while a thread writes a checkpoint: the one before is valid, and the run goes on from it."""
+"""A kill while a thread writes a checkpoint: the one before is valid, and the run continues from it."""
 
 import signal
 import subprocess
@@ -46,7 +46,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(tmp_path: Pa
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stdout is not None
         lines: list[str] = []
-        while "step 8" not in lines or "written" not in lines:  # training goes on while the write hangs
+        while "step 8" not in lines or "written" not in lines:  # training continues while the write hangs
             line = process.stdout.readline()
             assert line, lines
             lines.append(line.strip())

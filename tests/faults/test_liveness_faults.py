@@ -1,4 +1,4 @@
-"""Processes that stop or hang: the cell fails with the reason, the others go on, and Ctrl-C stays prompt."""
+"""Processes that stop or hang: the cell fails with the reason, the others continue, and Ctrl-C stays prompt."""
 
 import re
 import signal

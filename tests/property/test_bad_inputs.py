@@ -17,7 +17,7 @@ from moebench.config import apply_overrides, merge_settings, nest, resolve, to_p
 from moebench.errors import UsageError
 from moebench.runs.journal import read_journal
 from moebench.schema import ExperimentConfig
-from moebench.yaml_text import Plain, parse_override, parse_yaml
+from moebench.yaml_text import PlainScalar, parse_override, parse_yaml
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 TINY = """
@@ -94,7 +94,12 @@ def test_any_value_of_any_key_is_accepted_or_refused_in_one_line(key: str, value
 @given(
     key=st.sampled_from(KEYS),
     value=st.recursive(
-        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9) | st.text(max_size=9).map(Plain),
+        st.none()
+        | st.booleans()
+        | st.integers()
+        | st.floats()
+        | st.text(max_size=9)
+        | st.text(max_size=9).map(PlainScalar),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     ),
 )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support.identity_gates import build_identity_router, route_logits
 from support.routing_strategies import make_generator, routings
 
-from moebench.experts.capacity import Capacity, DropOrder, keep_first_slots, order_of_precedence
+from moebench.experts.capacity import Capacity, DropOrder, keep_first_slots, order_by_precedence
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.routing.values import Routing
 
@@ -20,7 +20,7 @@ orders = st.sampled_from(["router", "position", "score", "priority", "random"])
 
 def kept_within(routing: Routing, slots: int, order: DropOrder, generator: torch.Generator) -> torch.Tensor:
     """Return which assignments each expert keeps in the order that the layout names."""
-    return keep_first_slots(routing, slots, order_of_precedence(routing, order, generator))
+    return keep_first_slots(routing, slots, order_by_precedence(routing, order, generator))
 
 
 def queue(routing: Routing, order: str) -> list[int]:
@@ -177,8 +177,8 @@ def test_priority_ranks_tokens_by_their_best_weight_in_every_round() -> None:
     # Token 0 is surer (.6) than token 1 (.5), so its second choice (.3) comes before token 1's (.4); then third ones.
     weight_TK = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.4, 0.1]])
     routing = Routing.from_top_k(torch.tensor([[0, 1, 2], [3, 1, 2]]), weight_TK, num_experts=4)
-    assert order_of_precedence(routing, "priority", make_generator()).tolist() == [0, 3, 1, 4, 2, 5]
-    assert order_of_precedence(routing, "score", make_generator()).tolist() == [0, 3, 4, 1, 2, 5]
+    assert order_by_precedence(routing, "priority", make_generator()).tolist() == [0, 3, 1, 4, 2, 5]
+    assert order_by_precedence(routing, "score", make_generator()).tolist() == [0, 3, 4, 1, 2, 5]
 
 
 @given(routings(), st.integers(1, 3), st.integers(0, 1000))

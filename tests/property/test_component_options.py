@@ -15,7 +15,7 @@ from moebench.experts.layout import LAYOUTS
 from moebench.models.plan import plan_blocks
 from moebench.routing.router import ROUTERS
 from moebench.tasks.task import TASKS
-from moebench.yaml_text import Plain
+from moebench.yaml_text import PlainScalar
 
 REGISTRIES = {"router": ROUTERS, "layout": LAYOUTS, "task": TASKS}
 COMPONENTS = [(section, name) for section, registry in REGISTRIES.items() for name in registry.names()]
@@ -41,7 +41,10 @@ NUMBERS = (
 )
 TEXTS = ("", "null", "true", "yes", "täglich", "\u200b", "a\0b", "x" * 5000, "$\\frac{$", "../..", "[]", "{}", "'")
 VALUES = st.recursive(
-    st.sampled_from(NUMBERS + TEXTS).map(Plain) | st.text(max_size=9).map(Plain) | st.none() | st.text(max_size=9),
+    st.sampled_from(NUMBERS + TEXTS).map(PlainScalar)
+    | st.text(max_size=9).map(PlainScalar)
+    | st.none()
+    | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
     max_leaves=4,
 )
@@ -111,4 +114,4 @@ def test_every_value_of_the_list_for_every_option(section: str) -> None:
         for option in set(list_options(section, name)) - seen - {"data"}:
             seen.add(option)
             for value in NUMBERS + TEXTS:
-                require_one_line(section, name, {option: Plain(value)})
+                require_one_line(section, name, {option: PlainScalar(value)})

@@ -11,7 +11,7 @@ from support.identity_gates import build_identity_router, route_logits
 from support.routing_strategies import crowded_routings, make_generator, rectangles, routings
 
 from moebench.errors import UsageError
-from moebench.experts.capacity import Capacity, order_of_precedence
+from moebench.experts.capacity import Capacity, order_by_precedence
 from moebench.experts.overflow import apply_capacity, identity_overflow
 from moebench.routing.values import LayerRecord, Routing
 
@@ -54,7 +54,7 @@ def others_of(token: list[int], expert: list[int], scores: list[list[float]], t:
 
 @given(any_routing, st.integers(0, 4), orders)
 def test_reroute_is_the_slow_reroute(routing: Routing, slots: int, order: str) -> None:
-    queue = order_of_precedence(routing, order, make_generator()).tolist()
+    queue = order_by_precedence(routing, order, make_generator()).tolist()
     expected = slow_reroute(routing, slots, queue)
     kept = limit(routing, slots, order)
     assert {n: int(kept.expert_N[n]) for n in range(len(queue)) if kept.counted_N[n]} == expected

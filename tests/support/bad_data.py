@@ -35,7 +35,7 @@ class BadData:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further options of task.data."""
     then: Callable[[Path], object] = lambda folder: None
-    """What is done to the folder afterwards."""
+    """Called with the folder after the files are written."""
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Write the files; return the configuration of the task."""

@@ -20,14 +20,14 @@ import psutil
 ROOT = Path(__file__).parents[2]
 MARK = "MOEBENCH_TEST_PROCESS"
 WARM_MARK = uuid.uuid4().hex
-"""Of the workers of warm calls: one process of the test run makes one call at a time."""
+"""Marks the workers of warm calls; each process of the test run makes one call at a time."""
 SERVERS: set[int] = set()
 """Processes that live as long as the test run."""
 TIMEOUT_S = 90
 FIXTURE_TIMEOUT_S = 270.0
-"""For grids that many tests read: one that is late fails all of them."""
+"""Timeout for grids that many tests read: if one is late, all of them fail."""
 BUSY_TIMEOUT_S = 150.0
-"""For waiting on a busy machine."""
+"""Timeout for waiting on a busy machine."""
 ARMS = ("dense", "switch", "top_k")
 TIMING_METRICS = ("train/tokens_per_s", "train/mfu", "time/data_share", "time/train_s")
 """Metrics of a journal that measure the machine, not the model."""

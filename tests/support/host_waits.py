@@ -25,7 +25,7 @@ HOST_FILES = ("tasks/",)
 
 
 class HostWaits:
-    """Counts them, while it is active, by the line of moebench that calls them."""
+    """Counts the waits while it is active, by the line of moebench that causes them."""
 
     def __init__(self) -> None:
         self.places: Counter[str] = Counter()
@@ -58,7 +58,7 @@ class HostWaits:
 
 
 class _Functions(TorchFunctionMode):
-    """Sees the methods that read on a CPU without an operation."""
+    """Intercepts the methods that read on a CPU without an operation."""
 
     def __init__(self, waits: HostWaits) -> None:
         self.waits = waits
@@ -77,7 +77,7 @@ class _Functions(TorchFunctionMode):
 
 
 class _Operations(TorchDispatchMode):
-    """Sees the operations."""
+    """Intercepts the operations."""
 
     def __init__(self, waits: HostWaits) -> None:
         super().__init__()

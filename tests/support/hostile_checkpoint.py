@@ -82,4 +82,4 @@ def pickle_rest(checkpoint: Path, marker: Path) -> None:
 
 
 ATTACKS = (store_object_as_weight, store_object_as_tensor, pickle_metadata)
-"""What reading the weights alone meets."""
+"""Attacks that reading only the weights would meet."""

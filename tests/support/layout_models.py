@@ -67,11 +67,11 @@ UNLIKE = (
 
 
 def may_refuse(layout: str, router: str) -> str:
-    """Return why a layout may refuse a router with its default options, empty when it must not: the one list.
+    """Return why a layout may refuse a router with its default options; empty: it must accept the router.
 
     fine_grained needs a number of experts per token that can be multiplied; two levels and prototypes divide the
-    experts, and some routers want more than a group has; soft routing knows no place of a token, which attention
-    experts, whole models and groups need; a chain of experts needs one group of networks.
+    experts, and some routers want more than a group has; soft routing does not say where a token goes, which
+    attention experts, whole models and groups need; a chain of experts needs one group of networks.
     """
     router_class = ROUTERS.get(router).item
     config = router_class.Config()

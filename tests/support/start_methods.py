@@ -17,7 +17,7 @@ TIMEOUT_S = 200.0
 """Timeout of one call; starting takes 10 s on an idle machine."""
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 PROCESSES: list[Any] = []
-"""The processes that `kill_all` ends."""
+"""Processes that `kill_all` ends."""
 
 FAULTY = """
 import os

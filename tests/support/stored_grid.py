@@ -58,7 +58,7 @@ def write_grid(folder: Path, grid: Grid) -> Experiment:
 
 
 def _record_baselines(results: Path, experiment: Experiment) -> None:
-    """Add trivial baselines to the record, which would else be computed from the data."""
+    """Add trivial baselines to the record, so that they are not computed from the data."""
     result = RunFolder.of(results, experiment.cells[0].id).read_result()
     assert result is not None
     baselines = (

@@ -22,35 +22,35 @@ QUIET = 0.3
 
 
 def draw_normal(rng: np.random.Generator, shape: tuple[int, int, int]) -> Array:
-    """Independent noise."""
+    """Draw independent noise."""
     return rng.normal(0, 1, shape)
 
 
 def draw_paired(rng: np.random.Generator, shape: tuple[int, int, int]) -> Array:
-    """Seeds that move all arms alike, as the initial weights shared by sparse arms do: correlation 0.63."""
+    """Draw noise that seeds share over arms, as initial weights shared by sparse arms cause: correlation 0.63."""
     shared_R1S = rng.normal(0, np.sqrt(0.63), (shape[0], 1, shape[2]))
     return shared_R1S + rng.normal(0, np.sqrt(0.37), shape)
 
 
 def draw_unpaired_baseline(rng: np.random.Generator, shape: tuple[int, int, int]) -> Array:
-    """The same with a baseline that shares nothing with the arms."""
+    """Draw noise that seeds share over arms, but not with the baseline."""
     value_RAS = draw_paired(rng, shape)
     value_RAS[:, 0] = rng.normal(0, 1, value_RAS[:, 0].shape)
     return value_RAS
 
 
 def draw_unequal(rng: np.random.Generator, shape: tuple[int, int, int]) -> Array:
-    """Arms whose SDs are up to four times apart."""
+    """Draw noise whose SD differs between arms by up to a factor of four."""
     return rng.normal(0, 1, shape) * np.resize([1, 1, 2, 2, 4, 4], shape[1])[:, None]
 
 
 def draw_heavy_tails(rng: np.random.Generator, shape: tuple[int, int, int]) -> Array:
-    """Symmetric noise with outliers: t with 3 degrees of freedom."""
+    """Draw symmetric noise with outliers: t with 3 degrees of freedom."""
     return rng.standard_t(3, shape)
 
 
 def draw_skewed(rng: np.random.Generator, shape: tuple[int, int, int]) -> Array:
-    """Exponential noise of all, the baseline too."""
+    """Draw exponential noise for all arms and the baseline."""
     return rng.exponential(1, shape) - 1
 
 
@@ -66,19 +66,19 @@ def quieten_baseline(draw: Draw) -> Draw:
 
 
 def draw_lognormal(rng: np.random.Generator, shape: tuple[int, int, int]) -> Array:
-    """Lognormal noise of SD 1."""
+    """Draw lognormal noise of SD 1."""
     return (np.exp(rng.normal(0, 1, shape)) - np.exp(0.5)) / np.sqrt((np.e - 1) * np.e)
 
 
 def draw_half_skewed(rng: np.random.Generator, shape: tuple[int, int, int]) -> Array:
-    """Exponential noise of every second arm, the others as quiet as the baseline."""
+    """Draw exponential noise for every second arm; the other arms are as quiet as the baseline."""
     value_RAS = rng.normal(0, QUIET, shape)
     value_RAS[:, 1::2] = rng.exponential(1, value_RAS[:, 1::2].shape) - 1
     return value_RAS
 
 
 def draw_skewed_baseline(rng: np.random.Generator, shape: tuple[int, int, int]) -> Array:
-    """Exponential noise of the baseline alone."""
+    """Draw exponential noise for the baseline only."""
     value_RAS = rng.normal(0, QUIET, shape)
     value_RAS[:, 0] = rng.exponential(1, value_RAS[:, 0].shape) - 1
     return value_RAS

@@ -20,7 +20,7 @@ from moebench.models.cost import compute_cost
 from moebench.training.model import build_model, prepare_task
 from moebench.yaml_text import parse_yaml
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_files_of_the_page_on_running_fit_their_models(cli: CommandLine) -> None:

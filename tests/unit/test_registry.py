@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moebench.errors import UsageError, nearest
+from moebench.errors import UsageError, suggest
 from moebench.registry import (
     FOLDERS,
     HOMES,
@@ -65,8 +65,8 @@ def test_wrong_name_is_refused_with_the_nearest() -> None:
 
 
 def test_nearest_is_empty_when_nothing_is_near() -> None:
-    assert nearest("zzzzz", ["switch", "hash"]) == ""
-    assert nearest("hsah", ["switch", "hash"]) == " Did you mean 'hash'?"
+    assert suggest("zzzzz", ["switch", "hash"]) == ""
+    assert suggest("hsah", ["switch", "hash"]) == " Did you mean 'hash'?"
 
 
 def test_second_component_of_a_name_is_refused() -> None:
@@ -194,8 +194,8 @@ def test_every_option_has_a_doc(config_class: type) -> None:
 
 def test_docs_of_fields_that_follow_each_other() -> None:
     docs = field_docs(TrainConfig)
-    assert docs["clip_norm"] == "Largest L2 norm of the gradient of all parameters."
-    assert docs["device"] == "Device of the run; auto is CUDA where a device is available, else the CPU."
+    assert docs["clip_norm"] == "Maximum L2 norm of the gradient of all parameters together."
+    assert docs["device"] == "Device of the run; auto is CUDA if a device is available, else the CPU."
 
 
 def test_every_component_has_a_source_location() -> None:

@@ -14,7 +14,7 @@ from moebench.config import apply_overrides, load_experiment, resolve, to_yaml
 from moebench.conversion import apply_values, convert
 from moebench.errors import UsageError
 from moebench.schema import CellConfig, ExperimentConfig
-from moebench.yaml_text import Plain, parse_override, parse_yaml
+from moebench.yaml_text import PlainScalar, parse_override, parse_yaml
 
 TRAPS = [
     *("007", "010", "0x1F", "0o17", "1_000", "1e3", "1.5", ".5", ".inf", ".nan", "1:30", "190:20:30", "2001-01-23"),
@@ -129,7 +129,7 @@ def test_numbers_are_those_of_yaml_1_2(text: str, values: tuple[int | None, floa
 
 def test_nan_is_a_number() -> None:
     for text in (".nan", ".NaN", "nan", "NaN"):
-        assert math.isnan(convert(Plain(text), float, "k"))
+        assert math.isnan(convert(PlainScalar(text), float, "k"))
 
 
 @pytest.mark.parametrize("text", ["on", "yes", "1", "0", "y", "null", "", "'true'", "tRue"])
@@ -202,19 +202,19 @@ class Options:
 
 def test_options_of_every_kind() -> None:
     raw = parse_yaml("{entries: [{at: 1}, {at: 02, width: 3}], either: 1e3, level: on, free: [010, on, ~, 1.5, x]}")
-    options = apply_values(Options(), {**raw, "texts": {"a": Plain("007")}})
+    options = apply_values(Options(), {**raw, "texts": {"a": PlainScalar("007")}})
     assert options.entries == [Entry(at=1), Entry(at=2, width=3.0)]
     assert (options.either, options.level) == ("1e3", "on")
     assert options.free == [10, "on", None, 1.5, "x"]
     assert options.texts == {"a": "007"}
-    assert apply_values(Options(), {"either": Plain("7")}).either == 7
+    assert apply_values(Options(), {"either": PlainScalar("7")}).either == 7
     assert apply_values(Options(), {"either": "7"}).either == "7"
-    assert apply_values(Options(), {"level": Plain("2")}).level == 2
+    assert apply_values(Options(), {"level": PlainScalar("2")}).level == 2
     for raw, line in (
         ({"entries": [{}]}, "router.entries[0]: the key 'at' is missing"),
-        ({"entries": [{"et": Plain("1")}]}, "router.entries[0].et: router.entries[0] has no key 'et'."),
+        ({"entries": [{"et": PlainScalar("1")}]}, "router.entries[0].et: router.entries[0] has no key 'et'."),
         ({"entries": [{"at": "1"}]}, "router.entries[0].at: '1' was given. Allowed: a whole number, without quotes"),
-        ({"level": Plain("3")}, "router.level: '3' was given. Allowed: 1, 2, on"),
+        ({"level": PlainScalar("3")}, "router.level: '3' was given. Allowed: 1, 2, on"),
         ({"odd": [1]}, "router.odd: options of type set[int] cannot be read from a configuration"),
         ({"nome": "x"}, "router.nome: router 'options' has no key 'nome'. Did you mean 'name'? Allowed: either,"),
     ):
@@ -240,8 +240,8 @@ again: *base
     assert values["other"] == {"a": "1", "b": "3"}
     assert values["both"] == {"a": "5", "b": "2", "c": "4"}  # the first mapping wins
     assert values["again"] == {"a": "1", "b": "2"}
-    assert isinstance(values["other"]["a"], Plain)
-    assert not isinstance(values["both"]["c"], Plain)
+    assert isinstance(values["other"]["a"], PlainScalar)
+    assert not isinstance(values["both"]["c"], PlainScalar)
 
 
 @pytest.mark.parametrize(
@@ -274,4 +274,4 @@ def test_malformed_yaml_is_refused_in_one_line(tmp_path: Path, text: str, proble
 def test_tags_of_json_types_leave_the_type_to_the_key() -> None:
     values = parse_yaml("{a: !!int 7, b: !!str 7, c: ! 7, d: !!null ''}")
     assert values == {"a": "7", "b": "7", "c": "7", "d": ""}
-    assert {key for key, value in values.items() if isinstance(value, Plain)} == {"a", "d"}
+    assert {key for key, value in values.items() if isinstance(value, PlainScalar)} == {"a", "d"}

@@ -20,7 +20,7 @@ OTHER_ITEMS = "≠items"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Obstacle:
+class VerdictObstacle:
     """What `compare` says of an arm before any metric is looked at."""
 
     verdict: Verdict | None = None
@@ -84,7 +84,7 @@ class TaskComparison:
 
 
 def compare_task(
-    task: str, results: Mapping[str, Mapping[int, TaskResult]], baseline: str, obstacles: Mapping[str, Obstacle]
+    task: str, results: Mapping[str, Mapping[int, TaskResult]], baseline: str, obstacles: Mapping[str, VerdictObstacle]
 ) -> TaskComparison:
     """Compare every other arm with the baseline by the main metric; arms without a result are left out.
 
@@ -105,7 +105,7 @@ def compare_task(
     p_holm = _correct(pairs, results, metric, baseline)
     differences = []
     for arm in others:
-        obstacle, higher = obstacles.get(arm, Obstacle()), example.is_better_if_higher(metric)
+        obstacle, higher = obstacles.get(arm, VerdictObstacle()), example.is_better_if_higher(metric)
         decided = _decide(pairs.get(arm), p_holm.get(arm), obstacle.level, higher_is_better=higher)
         verdict = obstacle.verdict or ("not matched" if arm in unmatched else decided)
         marks = (*obstacle.marks, *((OTHER_ITEMS,) if arm in unmatched else ()))

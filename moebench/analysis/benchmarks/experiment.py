@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moebench.analysis.benchmarks.comparison import OBSTACLES, Obstacle, TaskComparison, compare_task
+from moebench.analysis.benchmarks.comparison import OBSTACLES, TaskComparison, VerdictObstacle, compare_task
 from moebench.analysis.benchmarks.measure import Benchmarks, EvaluationOptions
 from moebench.analysis.benchmarks.results import TaskResult
 from moebench.analysis.compare.experiment import compare_experiment, list_trained_cells
@@ -80,13 +80,13 @@ def _find_runs(experiment: Experiment, results: Path) -> tuple[list[tuple[str, S
     return runs, [f"{arm}: {number} cells are not done and left out" for arm, number in missing.items() if number]
 
 
-def _find_obstacles(experiment: Experiment, results: Path) -> dict[str, Obstacle]:
+def _find_obstacles(experiment: Experiment, results: Path) -> dict[str, VerdictObstacle]:
     """Return what the comparison by the task's own metric says of each arm: divergence, unequal cost, its level."""
     comparison = compare_experiment(experiment, results)
     marks = {arm.arm: tuple(mark for mark in arm.marks if mark.startswith("≠")) for arm in comparison.arms}
     differences: Sequence[Any] = comparison.differences
     return {
-        each.arm: Obstacle(
+        each.arm: VerdictObstacle(
             verdict=each.verdict if each.verdict in OBSTACLES else None, level=each.level, marks=marks[each.arm]
         )
         for each in differences

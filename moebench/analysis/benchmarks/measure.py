@@ -70,7 +70,7 @@ class Benchmarks:
             raise UsageError(f"run {stored.id}: {error}") from error
         if stored.folder.state() != "done":
             raise UsageError(f"run {stored.id}: is {stored.folder.describe_state()} (allowed: a run that is done)")
-        run = TrainedRun.on_task(stored, prepare_task(stored.config, results))
+        run = TrainedRun.from_task(stored, prepare_task(stored.config, results))
         assert isinstance(run.task, Language)
         tasks = self.list_tasks(run.task.digest, partial(TestPassages, text=run.task.text))
         models: list[TextModel] = []

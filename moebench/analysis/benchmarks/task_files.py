@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moebench.errors import UsageError, nearest
+from moebench.errors import UsageError, suggest
 from moebench.file_access import iter_plain_lines, parse_json, read_plain_file
 from moebench.yaml_text import parse_typed_yaml
 
@@ -110,13 +110,13 @@ def _refuse_code(config: Mapping[str, Any], path: Path) -> None:
     allowed = [field.name for field in fields(TaskConfig)]
     strange = next((key for key in config if key not in (*allowed, *CODE_KEYS)), None)
     if strange:
-        raise UsageError(f"{path}: the key '{strange}' is unknown.{nearest(strange, allowed)}")
+        raise UsageError(f"{path}: the key '{strange}' is unknown.{suggest(strange, allowed)}")
     _refuse_other_files(config, path)
     metrics = config.get("metric_list") or []
     for metric in metrics if isinstance(metrics, list) else [metrics]:
         name = metric.get("metric") if isinstance(metric, dict) else None
         if not isinstance(name, str) or name not in metric_registry:
-            known = nearest(str(name), list(metric_registry))
+            known = suggest(str(name), list(metric_registry))
             raise UsageError(f"{path}: metric_list has {name!r}, which lm-eval does not have.{known}")
         if metric.get("hf_evaluate"):
             raise UsageError(f"{path}: metric_list has hf_evaluate, which {CODE_HINT}")

@@ -9,7 +9,7 @@ from typing import Any
 from moebench.analysis.benchmarks.passages import PASSAGE_TASKS, TestPassages
 from moebench.analysis.benchmarks.records import digest_values
 from moebench.analysis.benchmarks.task_files import TaskFile, list_task_files
-from moebench.errors import UsageError, nearest
+from moebench.errors import UsageError, suggest
 
 FIRST_VERSION = (0, 4, 12)
 """Of lm-eval. Earlier ones load tasks by another interface."""
@@ -47,11 +47,13 @@ def require_harness() -> None:
     """Raise UsageError, with the command that installs it, where lm-eval is missing or too old."""
     least = ".".join(map(str, FIRST_VERSION))
     try:
-        given = version("lm_eval")
+        installed = version("lm_eval")
     except PackageNotFoundError as error:
         raise UsageError(f"evaluate: needs lm_eval>={least} (pip install 'moebench[eval]')") from error
-    if tuple(int(part) for part in given.split(".")[:3] if part.isdecimal()) < FIRST_VERSION:
-        raise UsageError(f"evaluate: needs lm_eval>={least}, and {given} is installed (pip install 'moebench[eval]')")
+    if tuple(int(part) for part in installed.split(".")[:3] if part.isdecimal()) < FIRST_VERSION:
+        raise UsageError(
+            f"evaluate: needs lm_eval>={least}, and {installed} is installed (pip install 'moebench[eval]')"
+        )
 
 
 def load_tasks(
@@ -114,10 +116,10 @@ def _load_from_library(name: str, local: Mapping[str, TaskFile]) -> dict[str, An
 
         manager = TaskManager()
     if name not in manager.task_index:
-        near = nearest(name, [*local, *PASSAGE_TASKS, *manager.all_tasks])
-        own = ", ".join([*local, *PASSAGE_TASKS])
+        near = suggest(name, [*local, *PASSAGE_TASKS, *manager.all_tasks])
+        names = ", ".join([*local, *PASSAGE_TASKS])
         raise UsageError(
-            f"--tasks: '{name}' is unknown.{near} Allowed: {own}, and the tasks of lm-eval (lm-eval ls tasks)"
+            f"--tasks: '{name}' is unknown.{near} Allowed: {names}, and the tasks of lm-eval (lm-eval ls tasks)"
         )
     try:
         with quiet_harness():

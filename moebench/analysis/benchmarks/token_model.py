@@ -51,7 +51,7 @@ class TokenModel(Protocol):
 
     @property
     def previous(self) -> int:
-        """The token before a text whose first token is to be predicted."""
+        """The token before a text whose first token is predicted."""
 
     @property
     def stops(self) -> frozenset[int]:

@@ -34,7 +34,7 @@ def build_seeds_table(needed: dict[str, NeededSeeds]) -> Table:
 
 
 def find_needed_seeds(comparison: "Comparison") -> dict[str, NeededSeeds]:
-    """Return for each undecided arm how many seeds would settle it, the pairs of all arms assumed to vary alike."""
+    """Return for each undecided arm how many seeds would settle it, the pairs of all arms assumed to vary equally."""
     margin, spread = comparison.margin_value, estimate_spread(comparison)
     if margin is None:
         return {}

@@ -15,7 +15,7 @@ from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.experiment.seed_plan import SeedPlan, Seeds, find_seed_plan, list_added_cells
 from moebench.experiment.trivial_baselines import TrivialBaselines, find_baselines, find_source
-from moebench.experiment.tuning import TuningState, read_tuning, settle
+from moebench.experiment.tuning import TuningState, read_tuning, select_tuned_cells
 from moebench.runs.cell import Cell
 from moebench.runs.experiment_record import read_record
 from moebench.runs.folder import RunFolder
@@ -98,7 +98,7 @@ def _describe_protocol(experiment: Experiment, state: TuningState | None, plan: 
 
 def _list_cells(experiment: Experiment, results: Path, added: Mapping[str, Seeds]) -> list[Cell]:
     """Return the cells of the file, as tuning has settled them, and those of the added seeds."""
-    settled = {(cell.arm, cell.seed): cell for cell in settle(experiment, results).cells}
+    settled = {(cell.arm, cell.seed): cell for cell in select_tuned_cells(experiment, results).cells}
     cells = [
         settled.get((cell.arm, cell.seed)) or replace(cell, id=f"not tuned yet: {cell.arm}, seed {cell.seed}")
         for cell in experiment.cells
@@ -108,7 +108,7 @@ def _list_cells(experiment: Experiment, results: Path, added: Mapping[str, Seeds
 
 def list_trained_cells(experiment: Experiment, results: Path) -> list[Cell]:
     """Return the cells that are compared: those that tuning has settled, and those of seeds that were added."""
-    cells = list(settle(experiment, results).cells)
+    cells = list(select_tuned_cells(experiment, results).cells)
     return cells + list_added_cells(cells, read_plan(experiment, results)[0].added)
 
 

@@ -89,7 +89,7 @@ def _describe_level(comparison: Comparison) -> str:
 
 
 def describe_limit(num_comparisons: int) -> str:
-    """Return in how many tables a false verdict is to be expected where a few seeds are far worse than the others."""
+    """Return in how many tables a false verdict must be expected if a few seeds are far worse than the others."""
     case, difference, equivalence = "the baseline or one of two arms has rare bad seeds", "up to 8 %", "up to 12 %"
     if num_comparisons == 1:
         case, difference, equivalence = "a single arm has rare bad seeds", "9 to 23 %", "12 to 28 %"

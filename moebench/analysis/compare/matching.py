@@ -5,7 +5,7 @@ steps of training (each pass counts) and on the test split. Arms whose layout ma
 (layout.match=params) are compared by these instead. All arms of a comparison are matched by the same quantity; an arm
 whose width was solved for the other quantity is refused. An arm of another cost is marked and gets no verdict; arms
 trained or evaluated on other data are refused. An arm that was trained on more or fewer tokens is matched where the
-FLOPs of all its training steps are those of the baseline, such as a dense parent that goes on for the FLOPs of an
+FLOPs of all its training steps are those of the baseline, such as a dense parent that continues for the FLOPs of an
 upcycled model; the table says so.
 """
 
@@ -209,7 +209,7 @@ def _check_passes(runs: Sequence[RunResult], baseline_runs: Sequence[RunResult])
 
 
 def _check_tokens(runs: Sequence[RunResult], baseline_runs: Sequence[RunResult]) -> Mismatch | None:
-    """Compare seed by seed: with sequences of unequal length the number depends on the seed, alike for all arms."""
+    """Compare seed by seed: with sequences of unequal length the number depends on the seed, not on the arm."""
     baseline = {run.seed: _format_tokens(run) for run in baseline_runs}
     pairs = [(_format_tokens(run), baseline[run.seed]) for run in runs if run.seed in baseline]
     if not pairs:

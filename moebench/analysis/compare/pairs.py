@@ -69,7 +69,7 @@ def _pool_spread(
 ) -> st.SpreadEstimate | None:
     """Estimate the SD of paired differences over the seeds that all arms with some spread and the baseline have.
 
-    Without arms of which a seed diverged. `is_capped`: a far noisier arm counts less.
+    Arms with a diverged seed are left out. `is_capped`: a far noisier arm counts less.
     """
     arms = [arm for arm, pair in pairs.items() if pair.sd and not grid.count_diverged(arm)]
     seeds = [seed for seed in grid.done[grid.baseline] if all(seed in grid.done[arm] for arm in arms)]

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from math import isfinite
 
 from moebench.analysis.compare.values import ComparisonMetric, LostCell
-from moebench.analysis.design.levels import Level, describe_levels, level_of_look
-from moebench.errors import UsageError, unknown
+from moebench.analysis.design.levels import Level, compute_level, describe_levels
+from moebench.errors import UsageError, build_unknown_error
 from moebench.experiment.seed_plan import SeedPlan
 from moebench.runs.result import Fault, RunResult
 
@@ -43,7 +43,7 @@ class ResultGrid:
 
     def choose_level(self, arm: str, num_comparisons: int) -> Level:
         """Return the level of the verdict on an arm, by the seeds that it and the baseline have an outcome of."""
-        return level_of_look(self.plan, self.ended[arm] & self.ended[self.baseline], num_comparisons)
+        return compute_level(self.plan, self.ended[arm] & self.ended[self.baseline], num_comparisons)
 
     def get_quality(self, arm: str, seeds: Sequence[int]) -> list[float]:
         """Return the final metric of an arm for these seeds."""
@@ -69,7 +69,7 @@ def arrange_results(
     """
     done: dict[str, dict[int, RunResult]] = {arm: {} for arm, _, _ in expected}
     if baseline not in done:
-        raise unknown("baseline", baseline, done)
+        raise build_unknown_error("baseline", baseline, done)
     if len({(arm, seed) for arm, seed, _ in expected}) < len(expected):
         raise UsageError("an arm has the same seed twice in this grid; give each configuration its own arm name")
     _check_unique(results, expected)
@@ -131,7 +131,7 @@ def _select_split(results: Sequence[RunResult], metric: ComparisonMetric) -> lis
 def _require_metric(results: Sequence[RunResult], metric: str) -> None:
     reported = {name for result in results if result.status == "done" for name in result.metrics}
     if reported and metric not in reported:
-        raise unknown("metric", metric, reported)
+        raise build_unknown_error("metric", metric, reported)
 
 
 def _has_diverged(result: RunResult, metric: str) -> bool:

@@ -1,8 +1,8 @@
-"""Levels of two looks at the same seeds, of which the second has more: together they keep the level of one test.
+"""Levels of two looks, the second with additional seeds: together they keep the level of one test.
 
 The first look spends a part of the level by the function of O'Brien and Fleming's type (Lan and DeMets, Biometrika 70,
-1983). The level of the second is what remains, computed exactly for two t statistics of which one contains the seeds of
-the other.
+1983). The level of the second is what remains, computed exactly for two t statistics, one of which contains the seeds
+of the other.
 """
 
 from functools import lru_cache

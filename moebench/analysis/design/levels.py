@@ -28,10 +28,10 @@ class Level:
 
     alpha: float
     note: str = ""
-    """Empty for a look at all planned seeds when none are to be added."""
+    """Empty for a look at all planned seeds if none will be added."""
 
 
-def level_of_look(plan: SeedPlan, seeds: Collection[int], num_comparisons: int = 1) -> Level:
+def compute_level(plan: SeedPlan, seeds: Collection[int], num_comparisons: int = 1) -> Level:
     """Return the level of verdicts on the outcomes of these seeds; Holm's correction is applied within the look.
 
     `num_comparisons`: size of the family at the first look. A plan without seeds gives every look the full level.
@@ -53,7 +53,7 @@ def level_of_look(plan: SeedPlan, seeds: Collection[int], num_comparisons: int =
         if looked == frozenset(extension):
             added = f"seeds were added to the {len(final)} planned ones after looking, which a plan had to say before"
             return _level(EXTENSION_ALPHA / 2**number, added)
-    return _level(UNFORESEEN_ALPHA, _describe_unforeseen(looked, planned, final))
+    return _level(UNFORESEEN_ALPHA, _describe_unplanned_look(looked, planned, final))
 
 
 def compute_final_level(num_planned: int, num_final: int, num_comparisons: int) -> float:
@@ -82,12 +82,12 @@ def _level(alpha: float, reason: str) -> Level:
     return Level(alpha=alpha, note=f"the level {alpha:.2g} instead of {ALPHA:g}: {reason}")
 
 
-def _describe_unforeseen(looked: frozenset[int], planned: frozenset[int], final: frozenset[int]) -> str:
+def _describe_unplanned_look(looked: frozenset[int], planned: frozenset[int], final: frozenset[int]) -> str:
     number = len(looked)
     if looked < planned:
         return f"an early look, {number} of {len(planned)} planned seeds"
     if planned < looked < final:
         return f"a look between those that were planned, at {len(planned)} and {len(final)} seeds"
     if looked > final:
-        return f"{number} seeds, of which {len(looked - final)} were added after looking, without announcing it"
+        return f"{number} seeds; {len(looked - final)} of them were added after looking, without announcing it"
     return f"other seeds than the {len(planned)} planned ones"

@@ -33,7 +33,7 @@ class NeededSeeds:
 
     @property
     def is_beyond_seeds(self) -> bool:
-        """Whether more seeds alone will neither show the observed difference nor that there is none."""
+        """Whether more seeds alone will show neither the observed difference nor its absence."""
         return self.if_as_observed is None and self.if_equal is None
 
 

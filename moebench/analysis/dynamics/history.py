@@ -16,7 +16,7 @@ from moebench.analysis.dynamics.measures import (
     find_changed_tokens,
     find_last_changes,
     list_expert_weights,
-    trade_experts,
+    swap_experts,
 )
 from moebench.analysis.dynamics.probe_set import ProbeSet, collect_memberships
 from moebench.analysis.trained_run import TrainedRun
@@ -178,9 +178,9 @@ def _measure_layer(layer: str, snapshots: Sequence[_Snapshot]) -> LayerHistory:
 def draw_random_coactivation(member_TE: Tensor, layer: str, count: int = NUM_RANDOM) -> tuple[float, ...]:
     """Return the co-activation of random routings with the same loads and the same number of experts of each token."""
     generator, values = make_generator("random routing", layer), []
-    table = trade_experts(member_TE, generator, BURN_IN_ROUNDS)
+    table = swap_experts(member_TE, generator, BURN_IN_ROUNDS)
     for _ in range(count):
-        table = trade_experts(table, generator, ROUNDS_BETWEEN)
+        table = swap_experts(table, generator, ROUNDS_BETWEEN)
         value = average_strongest_partner(table)
         assert value is not None  # the numbers of experts of tokens are those of `member_TE`
         values.append(value)

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 
 from moebench.analysis.dynamics.history import NUM_RANDOM, CheckpointMeasure, History
 from moebench.analysis.specialisation.figures import select_layers
-from moebench.errors import unknown
+from moebench.errors import build_unknown_error
 from moebench.reporting.canvas import GREY, line_style, new_figure
 from moebench.reporting.formatting import MISSING
 from moebench.reporting.report import Report
@@ -39,7 +39,7 @@ NOTES = (
 def build_history_report(history: History, layer: str | None = None) -> Report:
     """Return a row for each layer and checkpoint, or for those of one layer; raise UsageError for an unknown layer."""
     if layer is not None and layer not in history.layers:
-        raise unknown("--layer", layer, history.layers)
+        raise build_unknown_error("--layer", layer, history.layers)
     shown = {name: value for name, value in history.layers.items() if layer in (None, name)}
     rows = [
         (name, *_format_checkpoint(checkpoint)) for name, value in shown.items() for checkpoint in value.checkpoints

@@ -1,4 +1,4 @@
-"""How two routings of the same tokens agree, which experts go together, how alike experts are.
+"""How two routings of the same tokens agree, which experts go together, how similar experts are.
 
 A routing is a table `member_TE` (bool): token t goes to expert e.
 """
@@ -82,7 +82,7 @@ def average_strongest_partner(member_TE: Tensor) -> float | None:
     return float(share_EE.max(1).values.mean())
 
 
-def trade_experts(member_TE: Tensor, generator: Generator, rounds: int) -> Tensor:
+def swap_experts(member_TE: Tensor, generator: Generator, rounds: int) -> Tensor:
     """Return a random routing in which every expert keeps its load and every token its number of experts.
 
     In each round tokens meet in random pairs; the experts that only one of a pair has are dealt out again at random

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from moebench.analysis.dynamics.seed_agreement import NUM_PERMUTATIONS, SeedAgreement
-from moebench.errors import unknown
+from moebench.errors import build_unknown_error
 from moebench.reporting.canvas import GREY, PALETTE, new_figure
 from moebench.reporting.formatting import MISSING, format_plural
 from moebench.reporting.report import Report
@@ -15,7 +15,7 @@ COLUMNS = ("agreement", "by chance", "corrected", "interval")
 def build_agreement_report(result: SeedAgreement, layer: str | None = None) -> Report:
     """Return a row for each layer, or for one; raise UsageError for an unknown layer."""
     if layer is not None and layer not in result.layers:
-        raise unknown("--layer", layer, result.layers)
+        raise build_unknown_error("--layer", layer, result.layers)
     rows = [
         (
             name,

@@ -58,7 +58,7 @@ def measure_ensemble(
         raise UsageError(f"ensemble: got the run {stored[0].id} alone (allowed: two runs or more)")
     task = prepare_task(replace(stored[0].config, task=_join_tasks(stored)), results)
     torch.set_num_threads(stored[0].config.train.threads)
-    trained = [TrainedRun.on_task(run, prepare_task(run.config, results)) for run in stored]
+    trained = [TrainedRun.from_task(run, prepare_task(run.config, results)) for run in stored]
     members = [_describe_member(run) for run in trained]
     batches = task.eval_batches("test", stored[0].config.train.batch_size)
     sums = _Sums(task, members)

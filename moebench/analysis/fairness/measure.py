@@ -50,7 +50,7 @@ class MeasuredArms:
 
 
 def compare_on_axes(arms: MeasuredArms, *, ignore_conditions: bool = False) -> Fairness:
-    """Return the comparison on all axes; `ignore_conditions`: state times that were not measured alike, with a note."""
+    """Return the comparison on all axes; `ignore_conditions`: compare times measured differently too, with a note."""
     others = [arm for arm in arms.runs if arm != arms.baseline]
     compared = _correct([_compare_arm(arms, arm, ignore_conditions=ignore_conditions) for arm in others])
     num_evaluations = min((c.num_points for of_arm in arms.curves.values() for c in of_arm.values()), default=0)

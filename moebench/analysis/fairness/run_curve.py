@@ -41,7 +41,7 @@ class RunCurve:
         return float(self.budgets[axis][-1]) if axis in self.budgets else None
 
     def has_spent(self, axis: Axis, budget: float) -> bool:
-        """Return whether the run went on until this budget, up to the tolerance."""
+        """Return whether the run continued until this budget, up to the tolerance."""
         return axis in self.budgets and float(self.budgets[axis][-1]) >= (1 - TOLERANCE) * budget
 
     def read_at(self, axis: Axis, budget: float) -> float | None:

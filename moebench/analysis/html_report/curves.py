@@ -67,7 +67,7 @@ class CurveChart:
     baseline: str
     """The line of the baseline, drawn in each panel."""
     is_point: bool
-    """Whether there is a single evaluation, of which a line would be invisible."""
+    """Whether there is a single evaluation, whose line would be invisible."""
     x_ticks: tuple[Tick, ...]
     y_ticks: tuple[Tick, ...]
 

@@ -20,7 +20,7 @@ COSTS: tuple[tuple[str, Callable[[ArmSummary], float]], ...] = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mark:
+class ParetoPoint:
     """One arm in the chart, and where its name stands; empty: there is no room."""
 
     arm: str
@@ -45,7 +45,7 @@ class ParetoChart:
     """Quality over one cost."""
 
     label: str
-    marks: tuple[Mark, ...]
+    marks: tuple[ParetoPoint, ...]
     frontier: str
     """The steps between efficient arms, as the points of a line."""
     x_ticks: tuple[Tick, ...]
@@ -72,7 +72,7 @@ def _build_chart(comparison: Comparison, label: str, get_cost: Callable[[ArmSumm
         if not any(c <= cost and sign * m <= sign * mean and (c, m) != (cost, mean) for _, c, m in points)
     }
     marks = [
-        Mark(
+        ParetoPoint(
             arm=name,
             tone=find_tone(comparison, name),
             x=x_axis.place(cost) * WIDTH,
@@ -98,7 +98,7 @@ def _count_tokens(arm: ArmSummary) -> float:
     return arm.cost.get("train_tokens", 0.0)
 
 
-def _draw_frontier(marks: Sequence[Mark]) -> str:
+def _draw_frontier(marks: Sequence[ParetoPoint]) -> str:
     ordered = sorted(marks, key=lambda mark: mark.x)
     points = [(mark.x, mark.y) for mark in ordered[:1]]
     for mark in ordered[1:]:
@@ -106,7 +106,7 @@ def _draw_frontier(marks: Sequence[Mark]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def place_labels(marks: Sequence[Mark]) -> list[Mark]:
+def place_labels(marks: Sequence[ParetoPoint]) -> list[ParetoPoint]:
     """Return the marks with their names beside them, where one fits without covering another name or mark."""
     taken = [(mark.x - 4, mark.y - 4, mark.x + 4, mark.y + 4) for mark in marks]
     placed = []
@@ -125,7 +125,7 @@ def place_labels(marks: Sequence[Mark]) -> list[Mark]:
     return placed
 
 
-def _list_places(mark: Mark) -> list[tuple[str, float, float]]:
+def _list_places(mark: ParetoPoint) -> list[tuple[str, float, float]]:
     beside = [("start", mark.x + 7, mark.y + dy) for dy in (4, -6, 14, -16, 24)]
     beside += [("end", mark.x - 7, mark.y + dy) for dy in (4, -6, 14, -16, 24)]
     return [*beside, ("middle", mark.x, mark.y - 8), ("middle", mark.x, mark.y + 16)]

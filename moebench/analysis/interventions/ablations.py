@@ -18,7 +18,7 @@ from moebench.analysis.interventions.routing_changes import (
     shuffle_tokens,
 )
 from moebench.analysis.trained_run import TrainedRun, run_batches
-from moebench.errors import unknown
+from moebench.errors import build_unknown_error
 from moebench.experts.layer import MoELayer
 from moebench.routing.router import ROUTERS, Form, Router
 from moebench.seeds import derive_seed, make_generator
@@ -141,7 +141,7 @@ def measure_ablations(
     probe_set = ProbeSet.draw(run.task, run.config.train.batch_size, num_tokens)
     predictions = Predictions.of(run.task, probe_set.batches)
     if label is not None and label not in predictions.labels:
-        raise unknown("--label", label, predictions.labels)
+        raise build_unknown_error("--label", label, predictions.labels)
     model = run.load_model()
     layers = {str(layer.name): layer for layer in model.backbone.moe_layers()}
     interventions, notes = _list_interventions(run, layers)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from moebench.analysis.interventions.ablations import ALL_LAYERS, Ablation, Ablations
 from moebench.analysis.interventions.effect import Effect
-from moebench.errors import unknown
+from moebench.errors import build_unknown_error
 from moebench.reporting.canvas import GREY, line_style, new_figure
 from moebench.reporting.formatting import MISSING, format_number
 from moebench.reporting.report import Report
@@ -47,10 +47,10 @@ def build_ablation_report(result: Ablations, layer: str | None = None, kind: str
     """
     layers = list(dict.fromkeys(each.target.layer for each in (*result.routers, *result.experts)))
     if layer is not None and layer not in layers:
-        raise unknown("--layer", layer, layers)
+        raise build_unknown_error("--layer", layer, layers)
     kinds = list(dict.fromkeys(name for each in (*result.routers, *result.experts) for name in each.by_label))
     if kind is not None and kind not in kinds:
-        raise unknown("--label", kind, kinds)
+        raise build_unknown_error("--label", kind, kinds)
     tables = (
         _build_router_table(result, layer),
         _build_expert_table(result, layer),

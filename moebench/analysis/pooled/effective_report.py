@@ -31,7 +31,7 @@ LEGEND = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArmWorth:
+class ArmEffectiveCompute:
     """The effective compute of one arm, or why there is none."""
 
     arm: str
@@ -42,7 +42,7 @@ class ArmWorth:
     notes: tuple[str, ...]
 
 
-def evaluate_ladder(ladder: Ladder) -> tuple[ArmWorth, ...]:
+def evaluate_ladder(ladder: Ladder) -> tuple[ArmEffectiveCompute, ...]:
     """Estimate every arm; raise UsageError where the ladder is too short for any."""
     _require_length(ladder.baseline_flops)
     estimates: dict[str, EffectiveCompute | None] = {}
@@ -56,7 +56,7 @@ def evaluate_ladder(ladder: Ladder) -> tuple[ArmWorth, ...]:
         del tested[arm]
     p_holm = st.correct_family(tested)
     return tuple(
-        ArmWorth(
+        ArmEffectiveCompute(
             arm=arm,
             estimate=estimate,
             p_holm=p_holm.get(arm),
@@ -120,7 +120,7 @@ def build_ladder_report(ladder: Ladder) -> Report:
         rows=tuple(_build_row(ladder, worth) for worth in worths),
         notes=(f"Training FLOPs of {ladder.baseline}: {sizes}. Columns of sizes: compute at this size alone.",),
     )
-    sentences = [describe_worth(ladder, worth) for worth in worths]
+    sentences = [describe_effective_compute(ladder, worth) for worth in worths]
     notes = [f"Note: {worth.arm}: {note}." for worth in worths for note in worth.notes]
     return Report(
         tables=(table,),
@@ -129,7 +129,7 @@ def build_ladder_report(ladder: Ladder) -> Report:
     )
 
 
-def describe_worth(ladder: Ladder, worth: ArmWorth) -> str:
+def describe_effective_compute(ladder: Ladder, worth: ArmEffectiveCompute) -> str:
     """Return what an arm is worth, in a sentence that can be pasted."""
     if worth.estimate is None:
         return f"{worth.arm}: no effective compute ({worth.problem})."
@@ -153,7 +153,7 @@ def format_flops(flops: float) -> str:
     return f"{flops:.1e}"
 
 
-def _build_row(ladder: Ladder, worth: ArmWorth) -> tuple[str, ...]:
+def _build_row(ladder: Ladder, worth: ArmEffectiveCompute) -> tuple[str, ...]:
     pairs = str(sum(size.log_loss_S.size for size in ladder.pair_sizes(worth.arm)))
     if worth.estimate is None:
         return (worth.arm, pairs, worth.problem, MISSING, MISSING, *(MISSING for _ in ladder.sizes))
@@ -172,7 +172,7 @@ def _build_row(ladder: Ladder, worth: ArmWorth) -> tuple[str, ...]:
     )
 
 
-def _to_dict(ladder: Ladder, worths: Sequence[ArmWorth], sentences: Sequence[str]) -> dict[str, Any]:
+def _to_dict(ladder: Ladder, worths: Sequence[ArmEffectiveCompute], sentences: Sequence[str]) -> dict[str, Any]:
     arms = {
         worth.arm: {
             **(asdict(worth.estimate) if worth.estimate else {"compute": None}),

@@ -48,7 +48,7 @@ class Ladder:
     conditions: Mapping[str, RunConditions]
     """Id of a run -> how its time was measured."""
     ignores_conditions: bool = False
-    """Whether times that were not measured alike are compared."""
+    """Whether times that were not measured in the same way are compared."""
 
     @property
     def arms(self) -> list[str]:

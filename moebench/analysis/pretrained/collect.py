@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moebench.analysis.pretrained.recorder import Choice, Record, record_routers
+from moebench.analysis.pretrained.recorder import LayerDecisions, RouterDecisions, record_routers
 from moebench.analysis.pretrained.windows import ProbeText, TokenBatch
 from moebench.errors import UsageError
 from moebench.pretrained.model import PretrainedModel
@@ -157,7 +157,7 @@ def _sum_losses(compute_logits: Callable[[Tensor], Tensor], batch: TokenBatch, b
     return torch.tensor([nats, len(target_N), int(byte_count_V[target_N].sum())], dtype=torch.float64)
 
 
-def _select_counted(layer: LayerName, record: Record, is_text_BL: Tensor) -> LayerAssignments:
+def _select_counted(layer: LayerName, record: LayerDecisions, is_text_BL: Tensor) -> LayerAssignments:
     """Return the decisions on counted tokens of the one call of a router in a batch."""
     [choice], [random] = record.choices, record.random
     is_counted_T = is_text_BL.flatten()
@@ -172,7 +172,7 @@ def _select_counted(layer: LayerName, record: Record, is_text_BL: Tensor) -> Lay
     )
 
 
-def _mean_entropy(choice: Choice, is_counted_T: Tensor) -> float:
+def _mean_entropy(choice: RouterDecisions, is_counted_T: Tensor) -> float:
     log_TE = choice.logits_TE[is_counted_T].log_softmax(-1)
     return float(-(log_TE.exp() * log_TE).sum(-1).mean()) if len(log_TE) else 0.0
 

@@ -4,7 +4,7 @@ from moebench.analysis.pretrained.labels import compress_ids
 from moebench.analysis.pretrained.probe import PretrainedProbe, to_assignments
 from moebench.analysis.specialisation.layer_information import ControlledLayer, LayerInformation, measure_layer
 from moebench.analysis.specialisation.measure import ProbeOptions, RunInformation
-from moebench.errors import unknown
+from moebench.errors import build_unknown_error
 
 CONTROL_SHARE = 5
 """A control has this part of the permutations: their mean corrects it, and no interval of it is shown."""
@@ -22,7 +22,7 @@ def measure_pretrained(probe: PretrainedProbe, options: ProbeOptions) -> RunInfo
     columns = {stack: probe.columns(stack) for stack in probe.stacks}
     known = {name for of_stack in columns.values() for name in of_stack}
     if options.label is not None and options.label not in known:
-        raise unknown("--label", options.label, known)
+        raise build_unknown_error("--label", options.label, known)
     num_of_controls = max(1, options.num_permutations // CONTROL_SHARE)
     for stack in probe.stacks:
         layers = _add_controls(probe, stack)

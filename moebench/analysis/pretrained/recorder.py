@@ -30,7 +30,7 @@ from moebench.seeds import make_generator
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Choice:
+class RouterDecisions:
     """The decisions of one router on T positions."""
 
     expert_TK: Tensor
@@ -44,23 +44,23 @@ class Choice:
 
 
 @dataclass(kw_only=True)
-class Record:
+class LayerDecisions:
     """What hooks collect of one layer."""
 
-    choices: list[Choice] = field(default_factory=list)
-    random: list[Choice] = field(default_factory=list)
+    choices: list[RouterDecisions] = field(default_factory=list)
+    random: list[RouterDecisions] = field(default_factory=list)
     """Of the same router with other weights, on the same input."""
 
 
 @contextmanager
 def record_routers(
     routers: Mapping[LayerName, nn.Module], *, with_random: bool = False, seed: int = 0
-) -> Iterator[dict[LayerName, Record]]:
+) -> Iterator[dict[LayerName, LayerDecisions]]:
     """Record every call of the routers while the context is open.
 
     `with_random`: also what each router would choose with its weights drawn again (`randomise_router`).
     """
-    records = {layer: Record() for layer in routers}
+    records = {layer: LayerDecisions() for layer in routers}
     random = {layer: randomise_router(router, seed, str(layer)) for layer, router in routers.items() if with_random}
     hooks = [
         router.register_forward_hook(_make_hook(records[layer], random.get(layer))) for layer, router in routers.items()
@@ -75,7 +75,7 @@ def record_routers(
 def randomise_router(router: nn.Module, seed: int, name: str) -> nn.Module:
     """Return a copy of a router whose weights are normal, with the standard deviation of its own; biases are 0.
 
-    It has the input, the rule of choice and the scale of the logits of the router, and nothing that training taught it.
+    It has the input, the selection rule and the scale of the logits of the router, and nothing learned in training.
     """
     copied = copy.deepcopy(router)
     generator = make_generator("randomised router", seed, name)
@@ -92,7 +92,7 @@ def randomise_router(router: nn.Module, seed: int, name: str) -> nn.Module:
     return copied
 
 
-def _make_hook(record: Record, random: nn.Module | None) -> Any:
+def _make_hook(record: LayerDecisions, random: nn.Module | None) -> Any:
     def read(router: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         record.choices.append(read_choice(router, output))
         if random is not None:
@@ -101,7 +101,7 @@ def _make_hook(record: Record, random: nn.Module | None) -> Any:
     return read
 
 
-def read_choice(router: nn.Module, output: Any) -> Choice:
+def read_choice(router: nn.Module, output: Any) -> RouterDecisions:
     """Return the decisions in the output of a router; raise UsageError for a form that is not known."""
     if not isinstance(output, tuple) or len(output) != 3 or not all(isinstance(value, Tensor) for value in output):
         raise UsageError(_describe_form(router))
@@ -112,7 +112,7 @@ def read_choice(router: nn.Module, output: Any) -> Choice:
         choice = _read_dispatch(first, second, third)
     else:
         is_kept_TK = torch.ones_like(third, dtype=torch.bool)
-        choice = Choice(
+        choice = RouterDecisions(
             expert_TK=third.long(), is_kept_TK=is_kept_TK, weight_TK=second.float(), logits_TE=first.float()
         )
     if choice.expert_TK.shape != choice.weight_TK.shape or len(choice.expert_TK) != len(choice.logits_TE):
@@ -122,13 +122,13 @@ def read_choice(router: nn.Module, output: Any) -> Choice:
     return choice
 
 
-def _read_dispatch(dispatch_BLE: Tensor, weight_BL1: Tensor, logits_BLE: Tensor) -> Choice:
+def _read_dispatch(dispatch_BLE: Tensor, weight_BL1: Tensor, logits_BLE: Tensor) -> RouterDecisions:
     """Return the decisions of Switch's router."""
     dispatch_TE, logits_TE = dispatch_BLE.flatten(0, -2), logits_BLE.flatten(0, -2)
     is_kept_T = dispatch_TE.sum(-1) > 0
     score_TE = logits_TE.softmax(-1).to(weight_BL1.dtype)
     expert_T = torch.where(is_kept_T, dispatch_TE.argmax(-1), score_TE.argmax(-1))
-    return Choice(
+    return RouterDecisions(
         expert_TK=expert_T.unsqueeze(1),
         is_kept_TK=is_kept_T.unsqueeze(1),
         weight_TK=weight_BL1.flatten(0, -2).float(),

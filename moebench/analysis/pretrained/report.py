@@ -8,7 +8,7 @@ from moebench.analysis.dynamics.history import draw_random_coactivation
 from moebench.analysis.dynamics.measures import average_strongest_partner, compute_coactivation
 from moebench.analysis.pretrained.collect import LayerAssignments
 from moebench.analysis.pretrained.probe import PretrainedProbe
-from moebench.errors import unknown
+from moebench.errors import build_unknown_error
 from moebench.reporting.formatting import MISSING, format_bytes, format_count, format_number, format_percent
 from moebench.reporting.table import Column, Table
 from moebench.routing.metrics import compute_normalised_entropy, count_dead_experts, max_violation
@@ -73,7 +73,7 @@ def require_layer(probe: PretrainedProbe, layer: str | None) -> None:
     """Raise UsageError for a layer that the model does not have."""
     names = [str(each.name) for each in probe.collection.layers]
     if layer is not None and layer not in names:
-        raise unknown("--layer", layer, names)
+        raise build_unknown_error("--layer", layer, names)
 
 
 def measure_loads(probe: PretrainedProbe) -> dict[str, dict[str, Any]]:

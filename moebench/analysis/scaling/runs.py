@@ -88,7 +88,9 @@ def collect_runs(experiments: Sequence[Experiment], results: Path, split: str = 
     fitted = [each for each in routers if not each.refusal]
     if not fitted:
         raise UsageError(
-            f"scaling: {routers[0].label}: {routers[0].refusal}" if routers else _say_none(experiments, results)
+            f"scaling: {routers[0].label}: {routers[0].refusal}"
+            if routers
+            else _explain_missing_runs(experiments, results)
         )
     return ScalingRuns(
         metric=facts.metric,
@@ -110,7 +112,7 @@ def _require_loss(task_names: Iterable[str]) -> TaskFacts:
     return facts
 
 
-def _say_none(experiments: Sequence[Experiment], results: Path) -> str:
+def _explain_missing_runs(experiments: Sequence[Experiment], results: Path) -> str:
     names = ", ".join(each.name for each in experiments)
     return f"scaling: {results}: no cell with experts of {names} is done there (train it with `moebench run`)"
 

@@ -11,12 +11,12 @@ from moebench.analysis import statistics as st
 from moebench.analysis.compare.design_report import estimate_spread, find_needed_seeds
 from moebench.analysis.compare.experiment import compare_experiment, read_plan
 from moebench.analysis.compare.values import Comparison
-from moebench.analysis.design.levels import Level, level_of_look
+from moebench.analysis.design.levels import Level, compute_level
 from moebench.analysis.design.power import NeededSeeds, count_seeds_for_difference
 from moebench.config import to_plain
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
-from moebench.experiment.tuning import settle
+from moebench.experiment.tuning import select_tuned_cells
 from moebench.runs.experiment_record import find_served_experiment, read_records
 from moebench.runs.folder import RunFolder
 from moebench.runs.result import RunResult
@@ -106,7 +106,7 @@ def plan_power(experiment: Experiment, results: Path, margin: float) -> PlannedP
             if spread
             else None
         ),
-        level=level_of_look(plan, experiment.design.seeds, num_comparisons),
+        level=compute_level(plan, experiment.design.seeds, num_comparisons),
         needed=find_needed_seeds(comparison) if comparison else {},
     )
 
@@ -136,7 +136,7 @@ def _find_spread(experiment: Experiment, results: Path, comparison: Comparison |
 
 def _find_spread_of_shape(experiment: Experiment, results: Path) -> KnownSpread | None:
     """Return the spread of the newest other experiment whose baseline has the shape of this one's."""
-    cells = [cell for cell in settle(experiment, results).cells if cell.arm == experiment.baseline]
+    cells = [cell for cell in select_tuned_cells(experiment, results).cells if cell.arm == experiment.baseline]
     shape = _describe_shape(to_plain((cells or experiment.cells)[0].config))
     metric = TASKS.get(experiment.cells[0].config.task.name).facts.metric
     records = [record for record in read_records(results)[0].values() if not find_served_experiment(record)]
@@ -178,7 +178,7 @@ def _read_result(results: Path, cell_id: str) -> RunResult | None:
 
 
 def _describe_shape(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what runs must have in common to vary alike over seeds, as far as a configuration says it."""
+    """Return what runs must have in common to vary in the same way over seeds, as far as a configuration says it."""
     task, model, train = (config.get(section) for section in ("task", "model", "train"))
     task_name = task.get("name") if isinstance(task, Mapping) else None
     train = train if isinstance(train, Mapping) else {}

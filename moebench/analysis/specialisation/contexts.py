@@ -11,7 +11,7 @@ from moebench.analysis.specialisation.information import Ints
 from moebench.analysis.specialisation.routed_tokens import RoutedLayer, RoutedTokens, route_batches, select_batches
 from moebench.analysis.specialisation.token_labels import VISIBLE, format_piece, read_token_ids
 from moebench.analysis.trained_run import TrainedRun
-from moebench.errors import UsageError, unknown
+from moebench.errors import UsageError, build_unknown_error
 from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table
 from moebench.tasks.language import TextTask
@@ -139,7 +139,7 @@ def _route_text(run: TrainedRun, layer: str | None, max_tokens: int) -> tuple[Ro
         raise UsageError(f"run {run.folder.path.name}: has no experts")
     name = layer if layer is not None else [*stack_of][-1]
     if name not in stack_of:
-        raise unknown("--layer", name, stack_of)
+        raise build_unknown_error("--layer", name, stack_of)
     batches = [batch for _, batch in chosen.batches]
     views = [batch.decoder_batch if stack_of[name] == "decoder" else batch for batch in batches]
     tokens = stacks[stack_of[name]]

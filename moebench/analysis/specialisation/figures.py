@@ -64,7 +64,7 @@ def _draw_layer_load(ax: Axes, layer: str, load_E: Values) -> None:
     ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
 
 
-def informative_labels(tables: Sequence[Tensor], num_labels: int = MAX_LABELS) -> list[int]:
+def find_informative_labels(tables: Sequence[Tensor], num_labels: int = MAX_LABELS) -> list[int]:
     """Return the labels that occur and have the most information, summed over layers, in ascending order."""
     information_Y = torch.stack([label_parts(table_YE) for table_YE in tables]).sum(0)
     present_Y = torch.stack([table_YE.sum(1) for table_YE in tables]).sum(0) > 0
@@ -72,7 +72,7 @@ def informative_labels(tables: Sequence[Tensor], num_labels: int = MAX_LABELS) -
     return sorted([label for label in order if present_Y[label]][:num_labels])
 
 
-def expert_preference(table_YE: Tensor) -> Values:
+def compute_expert_preference(table_YE: Tensor) -> Values:
     """Return p(expert | label) / p(expert), 1 where both are independent; NaN for experts without a token."""
     share_YE = (table_YE / table_YE.sum(1, keepdim=True).clamp(min=1e-300)).numpy()
     expert_E = (table_YE.sum(0) / table_YE.sum().clamp(min=1e-300)).numpy()
@@ -86,7 +86,7 @@ def draw_labels(tables: Mapping[str, LabelTable], *, path: Path, title: str) -> 
     if not tables:
         return None
     layers = select_layers(list(next(iter(tables.values())).layers))
-    labels = {name: informative_labels(list(table.layers.values())) for name, table in tables.items()}
+    labels = {name: find_informative_labels(list(table.layers.values())) for name, table in tables.items()}
     heights = [0.7 + 0.2 * len(labels[name]) for name in tables]
     with new_figure(path, title, width=2.6 + 2.4 * max(len(layers), 2), height=1.4 + sum(heights)) as figure:
         axes = figure.subplots(len(tables), len(layers), squeeze=False, height_ratios=heights)
@@ -108,7 +108,7 @@ def select_layers(layers: Sequence[str]) -> list[str]:
 
 
 def _draw_layer_labels(ax: Axes, name: str, table: LabelTable, layer: str, labels: Sequence[int]) -> AxesImage:
-    ratio = expert_preference(table.layers[layer])[labels]
+    ratio = compute_expert_preference(table.layers[layer])[labels]
     bound = MAX_LOG2_RATIO
     log2_ratio = np.log2(np.maximum(ratio, 2**-bound))  # NaN stays and shows the grey background
     image = ax.imshow(log2_ratio, aspect="auto", cmap="PuOr", vmin=-bound, vmax=bound, interpolation="nearest")

@@ -14,7 +14,7 @@ from moebench.analysis.specialisation.routed_tokens import RoutedLayer, RoutedTo
 from moebench.analysis.specialisation.snippets import Snippets, read_image_patches, read_spectrograms
 from moebench.analysis.specialisation.token_labels import LabelColumn, build_label_columns
 from moebench.analysis.trained_run import TrainedRun
-from moebench.errors import UsageError, unknown
+from moebench.errors import UsageError, build_unknown_error
 from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table
 from moebench.tasks.audio.task import AudioTask
@@ -65,7 +65,7 @@ def build_gallery_report(run: TrainedRun, layer: str | None, max_tokens: int, pa
     batches, tokens = [batch for _, batch in chosen.batches], stacks[""]
     name = layer if layer is not None else [*tokens.layers][-1]
     if name not in tokens.layers:
-        raise unknown("--layer", name, tokens.layers)
+        raise build_unknown_error("--layer", name, tokens.layers)
     columns = build_label_columns(run.task, batches, "", tokens, outputs)
     routed = tokens.layers[name]
     shown = sorted(np.argsort(-_count_experts(routed), kind="stable")[:MAX_EXPERTS].tolist())

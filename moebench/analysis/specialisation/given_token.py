@@ -7,7 +7,7 @@ from moebench.analysis.specialisation.permutations import find_units, permute_wi
 from moebench.analysis.specialisation.token_labels import LabelColumn
 
 MIN_SEQUENCES = 32
-"""With fewer, experts that are alike inside a sequence too often pass for information about domains."""
+"""With fewer, experts that are similar inside a sequence too often pass for information about domains."""
 MAX_CHANCE = 0.95
 """Part of the largest possible value that permuted labels may have: the correction divides errors by 1 minus it."""
 LEAST_BITS = 1e-9

@@ -12,7 +12,7 @@ from moebench.analysis.specialisation.routed_tokens import (
 )
 from moebench.analysis.specialisation.token_labels import LabelColumn, build_label_columns, read_token_ids
 from moebench.analysis.trained_run import TrainedRun
-from moebench.errors import unknown
+from moebench.errors import build_unknown_error
 from moebench.tasks.speech import Speech
 
 DEFAULT_PERMUTATIONS = 100
@@ -87,5 +87,5 @@ def _select_columns(columns: Mapping[str, LabelColumn], label: str | None) -> di
     if label is None:
         return dict(columns)
     if label not in columns:
-        raise unknown("--label", label, columns)
+        raise build_unknown_error("--label", label, columns)
     return {label: columns[label]}

@@ -1,6 +1,6 @@
-"""Permutations of labels that keep what makes neighbouring tokens alike: the nulls of information.
+"""Permutations of labels that keep what makes neighbouring tokens similar: the nulls of information.
 
-Tokens of one sequence are alike: their label may be the same (domain, class), and their experts follow each other. A
+Tokens of one sequence are similar: their label may be the same (domain, class), and their experts follow each other. A
 permutation of single tokens would ignore that, and call chance agreement of a few sequences information.
 """
 
@@ -57,7 +57,7 @@ def find_units(label_T: Ints, group_T: Ints, sequence_T: Ints) -> Ints:
     """Return the units of `permute_within`: the tokens of a sequence with the same group and label.
 
     All occurrences of a token in a document have its domain, and those that follow each other mostly the same part of
-    the document; their experts are alike, so that single tokens must not be exchanged.
+    the document; their experts are similar, so that single tokens must not be exchanged.
     """
     num_groups, num_labels = int(group_T.max(initial=0)) + 1, int(label_T.max(initial=0)) + 1
     units_T: Ints = (sequence_T * num_groups + group_T) * num_labels + label_T

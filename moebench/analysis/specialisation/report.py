@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from moebench.analysis.specialisation.figures import informative_labels
-from moebench.errors import UsageError, unknown
+from moebench.analysis.specialisation.figures import find_informative_labels
+from moebench.errors import UsageError, build_unknown_error
 from moebench.reporting.table import Column, Table
 from moebench.routing.metrics import label_parts
 from moebench.routing.router import ROUTERS
@@ -50,7 +50,7 @@ def read_label_report(results: Path, run: str, kind: str | None = None) -> Label
     folder.require_unchanged(folder.labels)
     if kind is not None:
         if kind not in tables:
-            raise unknown("--label", kind, tables)
+            raise build_unknown_error("--label", kind, tables)
         tables = {kind: tables[kind]}
     return LabelReport(id=cell["id"], arm=cell["arm"], seed=cell["seed"], tables=tables)
 
@@ -112,7 +112,7 @@ def build_label_rows(table: LabelTable, layer: str) -> list[tuple[str, str, str,
             f"{100 * float(information_Y[label]) / information:.1f} %",
             _format_main_experts(table_YE[label]),
         )
-        for label in informative_labels([table_YE])
+        for label in find_informative_labels([table_YE])
     ]
     return [*rows, ("all", "100.0 %", "100.0 %", _format_main_experts(table_YE.sum(0)))]
 

@@ -53,6 +53,6 @@ def _hedges_factor(df: float) -> float:
 
 
 def _noncentrality_interval(t: float, df: int) -> Interval:
-    """Return the non-centralities of which t is the 97.5 % and the 2.5 % quantile."""
+    """Return the non-centralities for which t is the 97.5 % and the 2.5 % quantile."""
     tail = (1 - CONFIDENCE) / 2
     return float(special.nctdtrinc(df, 1 - tail, t)), float(special.nctdtrinc(df, tail, t))

@@ -26,7 +26,7 @@ class SpreadEstimate:
 
 
 def estimate_pooled_spread(arm_AS: ArrayLike, baseline_S: ArrayLike) -> SpreadEstimate | None:
-    """Estimate the SD of arm minus baseline from all arms, assumed to vary alike; None where it is zero.
+    """Estimate the SD of arm minus baseline from all arms, assumed to vary equally; None where it is zero.
 
     The estimate is B + A. B is the variance over seeds of the mean difference, which all arms share with the baseline;
     A is the residual variance of the two-way table arms × seeds. They are independent, so Satterthwaite's formula

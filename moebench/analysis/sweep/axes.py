@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from moebench.errors import UsageError, unknown
+from moebench.errors import UsageError, build_unknown_error
 from moebench.routing.router import ROUTERS
 from moebench.schema import CellConfig
 from moebench.training.trained_model import EVALUATION_SECTIONS
@@ -68,7 +68,7 @@ def _complete_key(name: str, configs: Sequence[CellConfig]) -> str:
         if section in EVALUATION_SECTIONS and not any(
             hasattr(getattr(c, section), option.split(".")[0]) for c in configs
         ):
-            raise unknown(f"{OPTION}: {section}", option, _list_names(configs, section))
+            raise build_unknown_error(f"{OPTION}: {section}", option, _list_names(configs, section))
         return name
     if name in ALIASES:
         return ALIASES[name]
@@ -80,7 +80,7 @@ def _complete_key(name: str, configs: Sequence[CellConfig]) -> str:
     }
     keys = sorted(key for key, option in options.items() if option == name)
     if not keys:
-        raise unknown(
+        raise build_unknown_error(
             OPTION, name, {*ALIASES, *(each for part in EVALUATION_SECTIONS for each in _list_names(configs, part))}
         )
     if len(keys) > 1:

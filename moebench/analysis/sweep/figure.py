@@ -130,5 +130,5 @@ def _to_errors(mean: float, interval: st.Interval | None) -> list[list[float]] |
 
 def _label_point(ax: Axes, point: Point, key: str, color: str) -> None:
     """Write the value of the first axis beside the point."""
-    place = (point.mean_flops, point.mean)
-    ax.annotate(point.settings.get(key, ""), place, (5, 4), textcoords="offset points", fontsize=7, color=color)
+    position = (point.mean_flops, point.mean)
+    ax.annotate(point.settings.get(key, ""), position, (5, 4), textcoords="offset points", fontsize=7, color=color)

@@ -50,7 +50,7 @@ class Front:
 
 
 def find_front(points: Sequence[Point], *, lower_is_better: bool) -> Front:
-    """Test each pair of points of which the better one costs no more."""
+    """Test each pair of points whose better point costs no more."""
     tests = []
     for first, second in itertools.combinations(range(len(points)), 2):
         pair = _compare(points[first], points[second])

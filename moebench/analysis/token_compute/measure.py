@@ -49,8 +49,8 @@ def measure_tokens(pair: SeedPair, results: Path, max_tokens: int = DEFAULT_TOKE
     task = prepare_task(config, results)
     torch.set_num_threads(config.train.threads)
     device = select_device(config.train)
-    model = TrainedRun.on_task(pair.run, task).load_model()
-    dense = TrainedRun.on_task(pair.dense, task).load_model() if pair.dense else None
+    model = TrainedRun.from_task(pair.run, task).load_model()
+    dense = TrainedRun.from_task(pair.dense, task).load_model() if pair.dense else None
     parts: list[dict[str, Tensor]] = []
     num_sequences = 0
     with training_precision(config.train, device):

@@ -98,7 +98,7 @@ def _summarise(name: str, count_N: Values, counted: NDArray[Any], table: TokenTa
 
 
 def build_report(arm: str, tables: dict[int, TokenTable]) -> Report:
-    """Return the report of an arm by seed, of which the first is the run that was asked for."""
+    """Return the report of an arm by seed, the run that was asked for first."""
     first = next(iter(tables))
     layers = summarise_layers(tables[first])
     notes = [

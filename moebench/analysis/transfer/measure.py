@@ -128,7 +128,7 @@ class TransferReader:
     def _evaluate(self, run: StoredRun, owner: StoredRun, task: Task) -> Mapping[str, float]:
         """Return the metrics of a run on the test split of another one's task, from the cache where it has them."""
         key = hashlib.sha256(f"domains by name {run.id} {task.digest} {task.eval_digest}".encode()).hexdigest()[:24]
-        trained = TrainedRun.on_task(run, self._open(run)[0])
+        trained = TrainedRun.from_task(run, self._open(run)[0])
 
         def create() -> tuple[dict[str, Any], dict[str, Any]]:
             return {"metrics": evaluate_on(trained, owner.id, task)}, {}

@@ -106,18 +106,19 @@ class Transfer:
 
 def summarise_arm(arm: str, runs: Sequence[RunTransfer], *, lower_is_better: bool) -> ArmTransfer:
     """Return an arm without its reference, its p values not corrected yet."""
-    gains = [_orient(run.parent_target, run.child_target, lower_is_better=lower_is_better) for run in runs]
+    gains = [_order_by_direction(run.parent_target, run.child_target, lower_is_better=lower_is_better) for run in runs]
     gain = st.compute_paired_difference(*zip(*gains, strict=True))
     forgetting = None
     if all(run.parent_source is not None and run.child_source is not None for run in runs):
         losses = [
-            _orient(run.child_source or 0.0, run.parent_source or 0.0, lower_is_better=lower_is_better) for run in runs
+            _order_by_direction(run.child_source or 0.0, run.parent_source or 0.0, lower_is_better=lower_is_better)
+            for run in runs
         ]
         forgetting = Change.of(st.compute_paired_difference(*zip(*losses, strict=True)))
     return ArmTransfer(arm=arm, runs=tuple(runs), gain=Change.of(gain), forgetting=forgetting)
 
 
-def _orient(first: float, second: float, *, lower_is_better: bool) -> tuple[float, float]:
+def _order_by_direction(first: float, second: float, *, lower_is_better: bool) -> tuple[float, float]:
     """Return two values in the order whose difference is positive where the second is better than the first."""
     return (first, second) if lower_is_better else (second, first)
 

@@ -9,7 +9,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from moebench.bench.layer.measure import Benchmark
 from moebench.bench.layer.plain import NAME as PLAIN
-from moebench.bench.layer.row import Line, Row
+from moebench.bench.layer.row import CandidateResult, Row
 from moebench.bench.layer.variants import DENSE, OURS
 from moebench.reporting.canvas import GREY, PALETTE, new_figure
 
@@ -40,7 +40,7 @@ def draw_figure(bench: Benchmark, path: Path) -> Path:
     return path
 
 
-def _select_measured_lines(row: Row) -> list[Line]:
+def _select_measured_lines(row: Row) -> list[CandidateResult]:
     return [line for line in row.lines if line.name != DENSE and not line.approximate]
 
 
@@ -74,7 +74,7 @@ def format_ratio_axis(ax: Axes, labels: Sequence[str], values: Sequence[float]) 
     ax.tick_params(axis="y", length=0)
 
 
-def _format_label(line: Line) -> str:
+def _format_label(line: CandidateResult) -> str:
     return f"{line.name} (drops {100 * line.dropped:.1f} %)" if line.dropped > 0 else line.name
 
 

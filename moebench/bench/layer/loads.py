@@ -45,7 +45,7 @@ def assign_experts(counts: list[int], num_tokens: int, generator: Generator) -> 
     return expert_TK[torch.randperm(num_tokens, generator=generator)].contiguous()
 
 
-def craft_input(gate_ED: Tensor, expert_TK: Tensor, generator: Generator) -> Tensor:
+def build_input_for_loads(gate_ED: Tensor, expert_TK: Tensor, generator: Generator) -> Tensor:
     """Return x_TD: noise, moved so that the k highest logits of the gate are those of the intended experts.
 
     Raises UsageError when the gate cannot separate its experts (more experts than dimensions).
@@ -74,4 +74,4 @@ def make_input(load: str, gate_ED: Tensor, num_tokens: int, top_k: int, generato
     if load == "router":
         return torch.randn(num_tokens, gate_ED.shape[1], generator=generator)
     counts = expert_counts(load, num_tokens, gate_ED.shape[0], top_k)
-    return craft_input(gate_ED, assign_experts(counts, num_tokens, generator), generator)
+    return build_input_for_loads(gate_ED, assign_experts(counts, num_tokens, generator), generator)

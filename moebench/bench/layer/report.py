@@ -6,7 +6,7 @@ from typing import Any
 
 from moebench.bench.layer.measure import Benchmark
 from moebench.bench.layer.plain import NAME as PLAIN
-from moebench.bench.layer.row import MIN_DENSE_SHARE, Line, Row
+from moebench.bench.layer.row import MIN_DENSE_SHARE, CandidateResult, Row
 from moebench.bench.layer.variants import DENSE
 from moebench.bench.machine import describe_machine
 from moebench.bench.rounds import describe_rounds, format_quartiles, format_ratio, rounds_to_dict
@@ -49,7 +49,7 @@ def _row_table(row: Row) -> Table:
     )
 
 
-def _cells(row: Row, line: Line, *, has_tflops: bool) -> tuple[str, ...]:
+def _cells(row: Row, line: CandidateResult, *, has_tflops: bool) -> tuple[str, ...]:
     about = "≈" if line.approximate else ""
     cells = (
         line.name,

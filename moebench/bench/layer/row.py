@@ -33,7 +33,7 @@ TRAIN_FLOPS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class CandidateResult:
     """One variant or library in a row; ratios are to the dense twin in the same round."""
 
     name: str
@@ -60,7 +60,7 @@ class Row:
     """A measured row."""
 
     problem: Problem
-    lines: tuple[Line, ...]
+    lines: tuple[CandidateResult, ...]
     skipped: tuple[Skipped, ...]
     forward_rounds: Timings
     train_rounds: Timings
@@ -190,12 +190,12 @@ class _Timer:
 
 def _summarise(
     problem: Problem, layer: Candidate, forward: Timings, train: Timings, difference: tuple[float, float] | None
-) -> Line:
+) -> CandidateResult:
     layer.module.train()
     excluded = [problem.x_TD, *layer.module.parameters(), *problem.layer.parameters()]
     flops = problem.shape.flops
     forward_ms, train_ms = forward.median_ms(layer.name), train.median_ms(layer.name)
-    return Line(
+    return CandidateResult(
         name=layer.name,
         note=layer.note,
         forward_ms=forward_ms,
@@ -236,7 +236,7 @@ def _difference(output_TD: Tensor, expected_TD: Tensor) -> float:
     return float((output_TD - expected_TD).abs().max() / expected_TD.abs().max())
 
 
-def _measure_loop(problem: Problem, protocol: Protocol, forward: Timings, train: Timings) -> Line:
+def _measure_loop(problem: Problem, protocol: Protocol, forward: Timings, train: Timings) -> CandidateResult:
     """Time the double loop on a few tokens and scale by the number of tokens."""
     tokens = count_loop_tokens(problem)
     part_TD = problem.x_TD[:tokens].detach().clone().requires_grad_()
@@ -257,7 +257,7 @@ def _measure_loop(problem: Problem, protocol: Protocol, forward: Timings, train:
     timings = Protocol(rounds=min(protocol.rounds, 2), device=protocol.device, warm_up=1, tries=1).measure(calls)
     forward_ms, train_ms = scale * timings.median_ms("forward"), scale * timings.median_ms("train")
     flops = problem.shape.flops
-    return Line(
+    return CandidateResult(
         name=LOOP,
         note=f"measured on {LOOP_ASSIGNMENTS} assignments and scaled" if scale > 1 else "",
         forward_ms=forward_ms,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from moebench.errors import UsageError, nearest, unknown
+from moebench.errors import UsageError, build_unknown_error, suggest
 from moebench.experts.activation import GATED
 from moebench.experts.feed_forward import ffn_flops
 
@@ -88,7 +88,7 @@ def parse_shape(text: str) -> Shape:
     numbers = [_parse_size(text, key, part) for key, part in zip(_FORM.split(","), parts[:5], strict=False)]
     activation = parts[5]
     if activation not in GATED:
-        raise unknown(f"--shape {text}: activation", activation, GATED)
+        raise build_unknown_error(f"--shape {text}: activation", activation, GATED)
     if numbers[4] > numbers[3]:
         raise UsageError(f"--shape {text}: k must be at most E={numbers[3]}, got {numbers[4]}")
     return _preset(text, tuple(numbers), activation, "router")
@@ -107,7 +107,7 @@ def choose_shapes(shapes: Sequence[str], only: Sequence[str]) -> tuple[Shape, ..
     for name in only:
         if name != "gpu" and name not in named:
             allowed = (*named, "gpu")
-            raise UsageError(f"--only: '{name}' is unknown.{nearest(name, allowed)} Allowed: {', '.join(allowed)}")
+            raise UsageError(f"--only: '{name}' is unknown.{suggest(name, allowed)} Allowed: {', '.join(allowed)}")
         chosen += GPU_PRESETS if name == "gpu" else [named[name]]
     return tuple(chosen) if chosen else PRESETS
 
@@ -116,5 +116,5 @@ def check_loads(loads: Sequence[str]) -> tuple[str, ...]:
     """Return the loads without repetitions; raise UsageError for an unknown one."""
     for load in loads:
         if load not in LOADS:
-            raise unknown("--load", load, LOADS)
+            raise build_unknown_error("--load", load, LOADS)
     return tuple(dict.fromkeys(loads))

@@ -110,7 +110,7 @@ class Subject:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Line:
+class RouterResult:
     """A measured router; ratios are to top-k with as many experts per token in the same round."""
 
     name: str
@@ -137,7 +137,7 @@ class SizeResult:
 
     num_tokens: int
     num_experts: int
-    lines: tuple[Line, ...]
+    lines: tuple[RouterResult, ...]
     skipped: Mapping[str, str]
     """Row -> why it was not measured."""
     forward_rounds: Timings
@@ -185,7 +185,7 @@ def _measure_size(names: Sequence[str], num_tokens: int, num_experts: int, seed:
     forward = protocol.measure({label: TimedCall(call=call.forward) for label, call in calls.items()})
     train = protocol.measure({label: TimedCall(call=call.train, prepare=call.clear) for label, call in calls.items()})
     lines = [
-        Line(
+        RouterResult(
             name=subject.label,
             top_k=subject.top_k,
             cost=subject.cost,

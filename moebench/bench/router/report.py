@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from moebench.bench.layer.figure import format_ratio_axis
 from moebench.bench.machine import describe_machine
 from moebench.bench.rounds import describe_rounds, format_quartiles, format_ratio, rounds_to_dict
-from moebench.bench.router.measure import D_MODEL, Benchmark, Line, SizeResult
+from moebench.bench.router.measure import D_MODEL, Benchmark, RouterResult, SizeResult
 from moebench.reporting.canvas import GREY, PALETTE, new_figure
 from moebench.reporting.formatting import MISSING
 from moebench.reporting.report import Report
@@ -55,7 +55,7 @@ def _size_table(result: SizeResult) -> Table:
     )
 
 
-def _cells(line: Line) -> tuple[str, ...]:
+def _cells(line: RouterResult) -> tuple[str, ...]:
     return (
         line.name,
         str(line.top_k),

@@ -11,7 +11,7 @@ from typing import Any
 from moebench.bench.machine import choose_device, prepare_machine
 from moebench.bench.step.parts import PARTS, Stopwatch
 from moebench.bench.step.peak import Peak, find_peak
-from moebench.bench.step.runs import PlainLoop, build_module, compare_weights, isolate_steps, time_trainer_block
+from moebench.bench.step.runs import PlainLoop, build_module, compare_weights, remove_evaluations, time_trainer_block
 from moebench.bench.step.uniform import can_force, force_uniform_load
 from moebench.bench.timing import Protocol, Spread, Timings
 from moebench.cores import available_cores
@@ -119,7 +119,7 @@ def measure(settings: Settings, report_progress: Callable[[str], None] = lambda 
         kind = select_kind(config.train)
         with matrix_precision(config.train, device):
             peaks[kind] = peaks.get(kind) or find_peak(config.train, device)
-            arms.append(_measure_arm(cell.arm, isolate_steps(config), task, protocol, settings.steps, peaks[kind]))
+            arms.append(_measure_arm(cell.arm, remove_evaluations(config), task, protocol, settings.steps, peaks[kind]))
     name = str(settings.experiment) if settings.experiment else "built-in language model"
     return Benchmark(name=name, arms=tuple(arms), machine=machine, settings=settings)
 

@@ -33,7 +33,7 @@ WARM_UP_STEPS = 3
 NEVER = 10**8
 
 
-def isolate_steps(config: CellConfig) -> CellConfig:
+def remove_evaluations(config: CellConfig) -> CellConfig:
     """Return the cell without evaluations, checkpoints and last step."""
     train = replace(config.train, steps=NEVER, eval_every=NEVER, checkpoint_every=NEVER)
     return replace(config, train=train)

@@ -1,4 +1,4 @@
-"""The data of Chen et al. 2022 (definition 3.1): four patches, of which one carries the label and one the cluster."""
+"""The data of Chen et al. 2022 (definition 3.1): four patches; one carries the label and one the cluster."""
 
 from dataclasses import dataclass
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from moebench.calibration.chen2022.data import Setting
-from moebench.calibration.chen2022.training import Kind, Outcome, train_and_test
+from moebench.calibration.chen2022.training import ModelKind, TrainingOutcome, train_and_test
 
-Outcomes = dict[tuple[str, str], list[Outcome]]
+Outcomes = dict[tuple[str, str], list[TrainingOutcome]]
 """(setting, model) -> its outcomes, by seed."""
 
 
@@ -19,11 +19,11 @@ class Run:
     """One training run."""
 
     setting: Setting
-    kind: Kind
+    kind: ModelKind
     seed: int
 
 
-def list_runs(settings: Sequence[Setting], kinds: Sequence[Kind], num_seeds: int) -> list[Run]:
+def list_runs(settings: Sequence[Setting], kinds: Sequence[ModelKind], num_seeds: int) -> list[Run]:
     """Return the runs, seeds outermost."""
     return [
         Run(setting=setting, kind=kind, seed=seed)
@@ -33,14 +33,14 @@ def list_runs(settings: Sequence[Setting], kinds: Sequence[Kind], num_seeds: int
     ]
 
 
-def measure_runs(runs: Sequence[Run], jobs: int, on_outcome: Callable[[Run, Outcome], None]) -> None:
+def measure_runs(runs: Sequence[Run], jobs: int, on_outcome: Callable[[Run, TrainingOutcome], None]) -> None:
     """Train all runs, `jobs` at a time; call `on_outcome` after each, in the order of `runs`.
 
     An exception, such as an interruption, ends the other runs at their next step.
     """
     stopped = threading.Event()
 
-    def measure(run: Run) -> Outcome:
+    def measure(run: Run) -> TrainingOutcome:
         return train_and_test(run.setting, run.kind, run.seed, stopped=stopped)
 
     # Sums are divided among threads, so their last bits depend on the number of threads, and long trainings on them.

@@ -7,7 +7,7 @@ from typing import Any
 
 from moebench.calibration.chen2022.measure import Outcomes, Run
 from moebench.calibration.chen2022.published import PUBLISHED, Published
-from moebench.calibration.chen2022.training import Outcome
+from moebench.calibration.chen2022.training import TrainingOutcome
 from moebench.reporting.formatting import MISSING, format_signed
 from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table, number_columns
@@ -33,7 +33,7 @@ def build_report(outcomes: Outcomes) -> Report:
     return Report(tables=(Table(columns=columns, rows=rows),), notes=NOTES, values={"rows": values})
 
 
-def _summarise(key: tuple[str, str], outcomes: Sequence[Outcome], published: Published) -> dict[str, Any]:
+def _summarise(key: tuple[str, str], outcomes: Sequence[TrainingOutcome], published: Published) -> dict[str, Any]:
     setting, model = key
     accuracies = [outcome.accuracy for outcome in outcomes]
     entropies = [outcome.dispatch_entropy for outcome in outcomes if outcome.dispatch_entropy is not None]
@@ -72,7 +72,7 @@ def _format_entropy(value: float | None) -> str:
     return MISSING if value is None else f"{value:.3f}"
 
 
-def format_progress(run: Run, outcome: Outcome) -> str:
+def format_progress(run: Run, outcome: TrainingOutcome) -> str:
     """Return a line for one finished run."""
     entropy = "" if outcome.dispatch_entropy is None else f", entropy {outcome.dispatch_entropy:.3f}"
     return f"{run.setting.name} {run.kind.name}, seed {run.seed}: {outcome.accuracy:.2f} %{entropy}"

@@ -30,7 +30,7 @@ CONVERGED_LOSS = 0.314
 
 
 @dataclass(frozen=True, kw_only=True)
-class Kind:
+class ModelKind:
     """One of the four models."""
 
     is_mixture: bool
@@ -48,12 +48,12 @@ class Kind:
 
 
 KINDS = tuple(
-    Kind(is_mixture=is_mixture, is_cubic=is_cubic) for is_mixture in (True, False) for is_cubic in (True, False)
+    ModelKind(is_mixture=is_mixture, is_cubic=is_cubic) for is_mixture in (True, False) for is_cubic in (True, False)
 )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class TrainingOutcome:
     """What one training run reached."""
 
     accuracy: float
@@ -62,16 +62,21 @@ class Outcome:
     """Entropy of the cluster given the expert in the last step of training, in nats; None for a single network."""
 
 
-class Stopped(Exception):  # noqa: N818 - not an error
+class TrainingStopped(Exception):  # noqa: N818 - not an error
     """The training was stopped from outside."""
 
 
 def train_and_test(
-    setting: Setting, kind: Kind, seed: int, *, num_examples: int = NUM_EXAMPLES, stopped: threading.Event | None = None
-) -> Outcome:
+    setting: Setting,
+    kind: ModelKind,
+    seed: int,
+    *,
+    num_examples: int = NUM_EXAMPLES,
+    stopped: threading.Event | None = None,
+) -> TrainingOutcome:
     """Draw data, train a model and test it; everything is a function of setting, kind and seed.
 
-    Raises Stopped at the first step after `stopped` was set.
+    Raises TrainingStopped at the first step after `stopped` was set.
     """
     source = make_generator("chen2022", setting.name, seed)
     directions = Directions.draw(source)
@@ -81,7 +86,7 @@ def train_and_test(
         record = train_mixture(model, training, stopped=stopped)
         with torch.no_grad():
             output_TC, _ = model(test.x_TD, "test")
-        return Outcome(
+        return TrainingOutcome(
             accuracy=measure_accuracy(output_TC, test),
             dispatch_entropy=measure_dispatch_entropy(record, training.cluster_T),
         )
@@ -89,7 +94,7 @@ def train_and_test(
     network.draw_weights(1.0, make_generator(seed, "single"))
     train_single(network, training, SINGLE_LEARNING_RATE[kind.activation], stopped=stopped)
     with torch.no_grad():
-        return Outcome(accuracy=measure_accuracy(network.expert(test.x_TD, 0), test), dispatch_entropy=None)
+        return TrainingOutcome(accuracy=measure_accuracy(network.expert(test.x_TD, 0), test), dispatch_entropy=None)
 
 
 def train_mixture(model: PatchMixture, data: Examples, stopped: threading.Event | None = None) -> LayerRecord:
@@ -164,4 +169,4 @@ def measure_dispatch_entropy(record: LayerRecord, cluster_T: Tensor) -> float:
 
 def _check_stopped(stopped: threading.Event | None) -> None:
     if stopped is not None and stopped.is_set():
-        raise Stopped
+        raise TrainingStopped

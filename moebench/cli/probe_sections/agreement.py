@@ -13,7 +13,7 @@ def build_report(request: ProbeRequest) -> Report:
     """Return the agreement of each layer over all pairs of finished seeds."""
     run = open_routed_run(request.results, request.subject, request.plugins, "agreement")
     run.require_layer(request.layer)
-    others = [TrainedRun.on_task(other, run.task) for other in find_other_seeds(run, request.results)]
+    others = [TrainedRun.from_task(other, run.task) for other in find_other_seeds(run, request.results)]
     result = measure_agreement(run, others, request.max_tokens, print_progress("seeds routed"))
     report = build_agreement_report(result, request.layer)
     if request.plot:

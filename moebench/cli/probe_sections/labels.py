@@ -8,7 +8,7 @@ from moebench.analysis.specialisation.measure import ProbeOptions, RunInformatio
 from moebench.analysis.specialisation.report import LabelReport, build_label_tables, read_label_report
 from moebench.analysis.trained_run import TrainedRun
 from moebench.cli.probe_sections.table import ProbeRequest
-from moebench.errors import UsageError, unknown
+from moebench.errors import UsageError, build_unknown_error
 from moebench.reporting.report import Report
 
 
@@ -20,7 +20,7 @@ def build_report(request: ProbeRequest) -> Report:
     stored = _read_stored(request)
     layers = next(iter(stored.tables.values())).layers if stored.tables else {}
     if request.layer is not None and layers and request.layer not in layers:
-        raise unknown("--layer", request.layer, layers)
+        raise build_unknown_error("--layer", request.layer, layers)
     if request.plot:
         draw_labels(stored.tables, path=request.plot, title=f"Who takes what: {stored.arm}, seed {stored.seed}")
     measured, problems = _measure(request, has_stored=bool(stored.tables))
@@ -38,7 +38,7 @@ def _read_stored(request: ProbeRequest) -> LabelReport:
     if request.label is None:
         return report
     if request.label not in report.tables and not request.num_permutations:
-        raise unknown("--label", request.label, report.tables)
+        raise build_unknown_error("--label", request.label, report.tables)
     tables = {kind: table for kind, table in report.tables.items() if kind == request.label}
     return LabelReport(id=report.id, arm=report.arm, seed=report.seed, tables=tables)
 

@@ -7,7 +7,7 @@ from moebench.analysis.specialisation.across_seeds_report import build_pooled_re
 from moebench.analysis.specialisation.measure import ProbeOptions
 from moebench.cli.output import make_console
 from moebench.cli.probe_sections.table import ProbeRequest
-from moebench.errors import UsageError, unknown
+from moebench.errors import UsageError, build_unknown_error
 from moebench.experiment.files import find_experiment
 from moebench.experiment.grid import expand
 from moebench.reporting.report import Report
@@ -24,7 +24,7 @@ def build_report(request: ProbeRequest) -> Report:
     )
     if request.arm is not None:
         if request.arm not in experiment.arms:
-            raise unknown("--arm", request.arm, experiment.arms)
+            raise build_unknown_error("--arm", request.arm, experiment.arms)
         experiment = replace(experiment, cells=tuple(cell for cell in experiment.cells if cell.arm == request.arm))
     console = make_console(stderr=True)
     pooled = probe_experiment(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from moebench.analysis.pretrained.options import PretrainedOptions
 from moebench.commands import DEFAULT_RESULTS
-from moebench.errors import UsageError, unknown
+from moebench.errors import UsageError, build_unknown_error
 
 if TYPE_CHECKING:
     from moebench.reporting.report import Report
@@ -94,7 +94,7 @@ def parse_sections(text: str, kind: SubjectKind) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in SECTIONS:
-            raise unknown("--show", name, SECTIONS)
+            raise build_unknown_error("--show", name, SECTIONS)
         if kind not in SECTIONS[name].modules:
             allowed = [other for other, section in SECTIONS.items() if kind in section.modules]
             raise UsageError(f"--show {name}: does not apply to {NOUNS[kind]} (allowed: {', '.join(allowed)})")

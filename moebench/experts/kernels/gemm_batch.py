@@ -34,10 +34,10 @@ def is_available() -> bool:
 
 def fits(groups: Groups, x_RI: Tensor, other: Tensor) -> bool:
     """Return whether the loads are known and the routine takes both tensors."""
-    return bool(groups.loads) and takes(x_RI) and takes(other) and is_available()
+    return bool(groups.loads) and is_supported(x_RI) and is_supported(other) and is_available()
 
 
-def takes(tensor: Tensor) -> bool:
+def is_supported(tensor: Tensor) -> bool:
     """Return whether a tensor is fp32 on a CPU, with the elements of each row (or of a matrix's column) contiguous."""
     is_contiguous = tensor.stride(-1) == 1 or (tensor.dim() == 3 and tensor.stride(-2) == 1)
     return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and is_contiguous

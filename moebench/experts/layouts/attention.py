@@ -39,7 +39,7 @@ class AttentionExperts(Layout):
 
         name: str = "attention"
         keys_values: Literal["shared", "apart"] = "shared"
-        """Keys are the values too, from one map of each expert (the paper), or each has its own map."""
+        """Maps of an expert to keys and values. shared: one map for both (the paper); apart: one map for each."""
         feed_forward: Literal["dense", "experts"] = "dense"
         """The other half of the block: dense, or num_experts experts behind its own router."""
 

@@ -26,7 +26,7 @@ class FirstN(Layout):
 
         name: str = "first_n"
         n: int = 1
-        """Blocks with experts."""
+        """Number of blocks with experts."""
 
     @staticmethod
     @override

@@ -39,9 +39,9 @@ class Heterogeneous(Layout):
 
         name: str = "heterogeneous"
         widths: list[float] = field(default_factory=lambda: [0.5, 1.0, 1.5])
-        """Relative widths; the mean cost is matched."""
+        """Relative widths of experts, taken in turn; the mean cost is matched."""
         depths: list[int] = field(default_factory=lambda: [1])
-        """Networks one after another in an expert."""
+        """Numbers of networks in sequence in an expert, taken in turn."""
 
         def __post_init__(self) -> None:
             super().__post_init__()

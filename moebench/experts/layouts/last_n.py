@@ -27,7 +27,7 @@ class LastN(Layout):
 
         name: str = "last_n"
         n: int = 1
-        """Blocks with experts."""
+        """Number of blocks with experts."""
         stride: int = 1
         """Distance between blocks with experts; 2 is V-MoE's."""
 

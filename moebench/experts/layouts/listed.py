@@ -47,7 +47,8 @@ class Listed(Layout):
 
         name: str = "listed"
         blocks: list[ListedBlock] = field(default_factory=lambda: [ListedBlock(block=1)])
-        """The blocks with experts: block, num_experts, expert_width, depth; missing ones are the layout's."""
+        """The blocks with experts, each with the keys block, num_experts, expert_width and depth; the layout's values
+        are used for missing keys."""
 
     @staticmethod
     @override

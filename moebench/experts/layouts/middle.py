@@ -35,7 +35,7 @@ class Middle(Layout):
 
         name: str = "middle"
         n: int = 1
-        """Blocks with experts."""
+        """Number of blocks with experts."""
 
     @staticmethod
     @override

@@ -27,7 +27,8 @@ class Pyramid(Layout):
         factor: int = 2
         """Ratio of the number of experts in a top block to that in a lower one."""
         top: int | None = None
-        """Number of top blocks, of those with experts; null is half of them, at least one."""
+        """Number of blocks at the top, among those with experts, that have more of them; null: half of them, at least
+        one."""
 
         def __post_init__(self) -> None:
             super().__post_init__()

@@ -39,11 +39,11 @@ class ZeroComputation(Layout):
 
         name: str = "zero_computation"
         zero: int = 1
-        """Zero experts: the token skips the layer."""
+        """Number of zero experts, with which a token skips the layer."""
         copy: int = 1
-        """Copy experts: the token, times the router's weight."""
+        """Number of copy experts, which return the token; the router weights it."""
         constant: int = 2
-        """Constant experts: a mix of the token and a trained vector."""
+        """Number of constant experts, which return a mix of the token and a trained vector."""
 
         def __post_init__(self) -> None:
             super().__post_init__()

@@ -8,7 +8,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from moebench.errors import UsageError, unknown
+from moebench.errors import UsageError, build_unknown_error
 
 SWITCH = "MOEBENCH_KERNELS"
 """Environment variable that names one of `CHOICES`; without it, `auto`."""
@@ -29,7 +29,7 @@ def read_choice() -> str:
     """Return the choice of this process; raise UsageError for an unknown one."""
     choice = os.environ.get(SWITCH) or "auto"
     if choice not in CHOICES:
-        raise unknown(SWITCH, choice, CHOICES)
+        raise build_unknown_error(SWITCH, choice, CHOICES)
     return choice
 
 

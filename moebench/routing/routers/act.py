@@ -25,7 +25,7 @@ from moebench.routing.values import ChainRouting, LayerRecord, Routing
         equation="h_n = h_{n-1} + E_n(|h_{n-1}|),  p_n = sigmoid(w·|h_n| + b),  N = min {n: Σ_{j≤n} p_j > 1-ε},  "
         "R = 1 - Σ_{j<N} p_j,  y = Σ_{n<N} p_n h_n + R h_N - x",
         paper="arXiv:1603.08983, halting at each position as in arXiv:1807.03819",
-        use="Tokens that compute for as many steps as they need, with a cost per step.",
+        use="When tokens should compute for as many steps as they need, at a cost per step.",
         beware="The cost coefficient dominates the behaviour and must be tuned. Steps are sequential, so it is slow.",
         causality=Causality(causal=True, reason="each token halts by its own states", batch_dependent=False),
         variable_k=True,

@@ -20,7 +20,7 @@ from moebench.routing.values import Routing
         family="baseline",
         equation="y = Σ_e softmax(W x)_e E_e(x)",
         paper="arXiv:1312.4314 (one layer of it)",
-        use="As a reference: what all experts together achieve when nothing is left out.",
+        use="As a reference: it shows what all experts together achieve when none is left out.",
         beware="Every expert computes every token, so only narrower experts save time. If the gate becomes certain of "
         "one expert, the others get no gradient.",
         causality=Causality(causal=True, reason="each token is weighted by its own vector", batch_dependent=False),

@@ -22,7 +22,7 @@ from moebench.routing.values import Routing
         family="token choice",
         equation="a_i = |x W_i| (W_i: D x r),  p = softmax(a),  y = Σ_{i in top-k} w_i E_i(x),  w = p_i / Σ selected p",
         paper="arXiv:2501.13074",
-        use="Experts that select themselves by how strongly they respond to a token.",
+        use="When experts should select themselves by how strongly they respond to a token.",
         beware="An expert can raise its score by scaling up its projection. The projections cost FLOPs "
         "for all experts.",
         causality=Causality(causal=True, reason="each token is routed by its own vector", batch_dependent=False),

@@ -26,7 +26,8 @@ from moebench.routing.values import LayerRecord, Routing
         family="reinforcement",
         equation="σ = sigmoid(W x + d),  u_e ~ Bernoulli(σ_e),  y = Σ_e u_e E_e(x),  loss -(R - b) log π(u)",
         paper="arXiv:1511.06297",
-        use="The earliest conditional computation by a policy: any number of experts per token.",
+        use="When a learned policy should switch each expert on or off for each token, so that any number of experts "
+        "is used.",
         beware="The gradient is very noisy: the policy can switch everything off or on, and only its three losses "
         "prevent this.",
         causality=Causality(

@@ -23,9 +23,9 @@ from moebench.routing.values import Routing
         family="token choice",
         equation="p = softmax(W x),  w = scale · p_top-k,  y = Σ_i w_i E_i(x)  (+ shared experts)",
         paper="arXiv:2401.06066, eq. 9-11; groups: arXiv:2405.04434, section 2.2.2",
-        use="Many narrow experts beside a shared one: use with the layout `fine_grained`.",
+        use="With many narrow experts beside a shared one: combine it with the layout `fine_grained`.",
         beware="Weights sum to less than 1 and shrink with the number of experts, so the output depends on `scale`. "
-        "Collapses without its balance loss, as any softmax top-k.",
+        "It collapses without its balance loss, as any softmax top-k does.",
         causality=Causality(
             causal=True,
             reason="each token is routed by its own vector; over capacity, the earlier token stays",

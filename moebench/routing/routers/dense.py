@@ -19,7 +19,7 @@ from moebench.routing.values import Routing
         family="baseline",
         equation="y = FFN(x),  as wide as the active experts of the other arms together",
         paper="arXiv:2209.01667, section 2",
-        use="Always: the arm that every other one must beat at equal active FLOPs.",
+        use="Always: it is the arm that every other arm must beat at equal active FLOPs.",
         beware="It has fewer parameters than the other arms, which is the point of the comparison and must be stated.",
         causality=Causality(causal=True, reason="there is nothing to route", batch_dependent=False),
         cost="T",

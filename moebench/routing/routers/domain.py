@@ -24,7 +24,7 @@ from moebench.routing.values import Routing
         equation="i = domain of the sequence (mod E),  y = E_i(x);  or in evaluation, and for domains held out of "
         "training, y = Σ_e π_e E_e(x)",
         paper="arXiv:2108.05036, sections 3 and 5",
-        use="Domains are known, and experts are to be added, removed or served per domain.",
+        use="When domains are known, and experts are added, removed or served for each domain.",
         beware="Loads are those of the data. Evaluation needs a label too, or mixes all experts by the prior at E "
         "times the cost.",
         causality=Causality(causal=True, reason="the domain is given with the text", batch_dependent=False),
@@ -57,7 +57,7 @@ class Domain(Router["Domain.Config"]):
         """Use the expert of the sequence's domain, as in training (label), or mix all experts by the prior (prior)."""
         domains: list[str] = field(default_factory=list)
         """Names of domains in the order of their experts; empty: those of training, in the order of the data. A model
-        that goes on with other domains (`init`) keeps the experts of those that it lists, trained on now or not."""
+        that continues with other domains (`init`) keeps the experts of those that it lists, trained on now or not."""
 
     def __init__(self, config: Config, context: RouterBuildContext) -> None:
         super().__init__(config, context)

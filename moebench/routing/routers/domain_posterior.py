@@ -30,7 +30,7 @@ NO_EXPERT = -100
         equation="training: y = E_d(x_t), d the domain;  evaluation: y = Σ_e p_e E_e(x_t), p = softmax(W x̄_t + ln π),"
         "  x̄_t = mean_{s≤t} sg(x_s)",
         paper="arXiv:2108.05036, section 5 (mixing experts by a posterior over domains)",
-        use="Experts of known domains, used on text whose domain is unknown.",
+        use="When experts belong to known domains, but the domain of the text is unknown in evaluation.",
         beware="Evaluation uses all experts, at their full cost. The posterior needs some tokens to identify the "
         "domain. Experts are mixed layer by layer, not by predictions of whole models as in DEMix.",
         causality=Causality(
@@ -75,7 +75,7 @@ class DomainPosterior(Domain):
         losses: dict[str, float] = field(default_factory=lambda: {"domain": 0.1})
         domains: list[str] = field(default_factory=list)
         """Names of domains in the order of their experts; empty: those of training, in the order of the data. A model
-        that goes on with other domains (`init`) keeps the experts of those that it lists, trained on now or not."""
+        that continues with other domains (`init`) keeps the experts of those that it lists, trained on now or not."""
 
     def __init__(self, config: Any, context: RouterBuildContext) -> None:
         super().__init__(Domain.Config(name=config.name, domains=config.domains), context)

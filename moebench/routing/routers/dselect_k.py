@@ -25,9 +25,9 @@ from moebench.routing.values import LayerRecord, Routing
         equation="r_je = Π_b S(z_jb)^bit_b(e) (1 - S(z_jb))^(1 - bit_b(e)),  z = W x,  q = Σ_j softmax(A x)_j r_j,"
         "  y = Σ_{e: q_e > 0} q_e E_e(x)",
         paper="arXiv:2106.03760, sections 3.1 and 3.2",
-        use="Few experts and a selection that is differentiable throughout, as in multi-task models.",
-        beware="Dense until the bits saturate, which the cost of matched arms does not count. If E is not a power of "
-        "two, part of the weight is lost.",
+        use="With few experts, when the selection itself should be differentiable, as in multi-task models.",
+        beware="It is dense until the bits saturate, which the cost of matched arms does not count. If E is not a "
+        "power of two, part of the weight is lost.",
         causality=Causality(causal=True, reason="each token is routed by its own vector", batch_dependent=False),
         variable_k=True,
         cost="T·k·E·log E",

@@ -45,7 +45,7 @@ MAX_SCALE = 100.0
 class DynMoE(Router["DynMoE.Config"]):
     """Top-any gating (Guo et al. 2024): the number of experts of each token is learned.
 
-    τ is learned (initially 1, at most 100) and scales scores and thresholds alike, as in the released code (1 in the
+    τ is learned (initially 1, at most 100) and scales scores and thresholds equally, as in the released code (1 in the
     paper), so it affects gradients but not the selection. Each of k selected experts has weight 1/k; the selection has
     a straight-through gradient (that of s - sigmoid(τ g)). A token above no threshold goes to its best expert, in
     training too, where the paper leaves it unrouted to create a new expert: here the number of experts is fixed. The

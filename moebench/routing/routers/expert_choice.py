@@ -38,9 +38,10 @@ EXCLUDED = -torch.inf
         family="expert choice",
         equation="S = softmax(X W) over experts;  I_e = the T·c/E best tokens of e;  y_t = Σ_{e: t∈I_e} S_te E_e(x_t)",
         paper="arXiv:2202.09368, section 3.2",
-        use="Encoders, vision and speech: even loads without a loss, and more experts for tokens that need them.",
-        beware="Not causal: not for autoregressive language models. Some tokens get no expert. In small batches the "
-        "choice depends strongly on the other sequences.",
+        use="In encoders, vision and speech: loads are even without a loss, and tokens that need more experts can get "
+        "them.",
+        beware="It is not causal, so it does not suit autoregressive language models. Some tokens get no expert. In "
+        "small batches the choice depends strongly on the other sequences.",
         causality=Causality(
             causal=False,
             reason="whether an expert takes a token depends on later tokens of the same sequence",
@@ -176,7 +177,7 @@ def keep_best_experts(ranked_GTE: Tensor, num_kept: int) -> Tensor:
         family="expert choice",
         equation="S = softmax(X W) over experts;  at each position, I_e = the B·c/E best tokens of e among B sequences",
         paper="arXiv:2310.15961, section 3 (groups across examples); expert choice: arXiv:2202.09368",
-        use="Expert choice in a language model: no token can see later ones.",
+        use="For expert choice in a language model: no token can see later ones.",
         beware="Other sequences of the batch affect the choice, in evaluation too, so a sequence alone is routed "
         "differently. With fewer than E/c sequences every token has more experts than planned.",
         causality=Causality(

@@ -28,7 +28,7 @@ from moebench.routing.values import LayerRecord, Routing
         equation="t goes to e where r_te = w_e·x_t > θ_e,  θ_e ← β θ_e + (1-β) · quantile_{1-k/E}(r_·e);  "
         "y = Σ sigmoid(r_te) E_e(x_t)",
         paper="arXiv:2603.11535",
-        use="The benefit of expert choice in a language model: every token is routed independently.",
+        use="For the benefits of expert choice in a language model: every token is routed independently.",
         beware="Many tokens get no expert, so a shared expert is advisable. Thresholds lag behind a change of the "
         "data, and loads are even on average only.",
         causality=Causality(

@@ -26,9 +26,9 @@ from moebench.routing.values import LayerRecord, Routing
         family="token choice",
         equation="p = softmax(W x),  g = (p_1, p_2) / (p_1 + p_2),  second kept with probability min(1, g_2 / τ)",
         paper="arXiv:2006.16668, section 2.2 and algorithm 1",
-        use="The classic top-2 with a capacity, where leaving out the second expert saves slots.",
-        beware="Not causal with a capacity: second choices queue behind the first choices of later tokens. The balance "
-        "loss counts first choices only.",
+        use="With a capacity: this is the classic top-2 router, and leaving out the second expert saves slots.",
+        beware="It is not causal with a capacity: second choices queue behind the first choices of later tokens. The "
+        "balance loss counts first choices only.",
         causality=Causality(
             causal=True,
             reason="dropless, each token is routed by its own vector",
@@ -141,7 +141,7 @@ class GShard(Router["GShard.Config"]):
         family="token choice",
         equation="as gshard, and the z-loss mean_t (log Σ_e exp h_te)²",
         paper="arXiv:2202.08906, sections 2 and 3.3",
-        use="GShard's routing when training is unstable: the z-loss keeps logits small.",
+        use="For GShard's routing when training is unstable: the z-loss keeps logits small.",
         beware="As gshard. The z-loss pulls the log-sum-exp to 0, not the logits; a large coefficient makes routing "
         "uniform.",
         causality=Causality(causal=True, reason="as gshard", batch_dependent=False, with_capacity=False),
@@ -171,8 +171,8 @@ class STMoE(GShard):
         family="token choice",
         equation="p = softmax(W x),  g = (p_1, p_2) / (p_1 + p_2),  y = g_1 E_1(x) + g_2 E_2(x)",
         paper="arXiv:2112.06905, section 4",
-        use="Top-2 that always uses both experts: GShard without randomness.",
-        beware="As gshard: not causal with a capacity.",
+        use="For top-2 that always uses both experts: it is GShard without randomness.",
+        beware="As gshard, it is not causal with a capacity.",
         causality=Causality(causal=True, reason="as gshard", batch_dependent=False, with_capacity=False),
         own_losses=("first_choice_balance",),
     )

@@ -23,7 +23,7 @@ from moebench.routing.values import Routing
         family="stochastic",
         equation="g = softmax((W x + Gumbel) / τ),  i = argmax_e g_e,  w = 1 + g_i - stop(g_i),  y = w E_i(x)",
         paper="arXiv:1611.01144, section 2.2; as a router: arXiv:2306.03745, section 4",
-        use="Top-1 with a gradient to the logits of all experts and exploration by sampling.",
+        use="For top-1 with a gradient to the logits of all experts, and exploration by sampling.",
         beware="The gradient is biased, most at high temperature, and its variance grows as the temperature falls. "
         "Loads are not balanced unless a loss is set.",
         causality=Causality(

@@ -24,9 +24,10 @@ from moebench.seeds import derive_seed, make_generator
         family="static",
         equation="i = table[token id],  y = E_i(x)",
         paper="arXiv:2106.04426, section 3.1 (balanced assignment)",
-        use="Baseline of language models without learned routing: cheap, stable, hard to beat in small models.",
-        beware="Ignores context. The most frequent id limits the balance: with 64 experts one of them has "
-        "several times its share. Needs token ids.",
+        use="As a baseline without learned routing in language models: it is cheap, stable and hard to beat in small "
+        "models.",
+        beware="It ignores context. The most frequent id limits the balance: with 64 experts one of them has several "
+        "times its share. It needs token ids.",
         causality=Causality(
             causal=True, reason="the expert depends on the token's own id alone", batch_dependent=False
         ),
@@ -96,8 +97,8 @@ def build_table(table: str, count_V: Tensor, context: RouterBuildContext) -> Ten
         family="static",
         equation="i = hash(previous token id, token id) mod E,  y = E_i(x)",
         paper="arXiv:2106.04426, section 3.1 (bigram hash)",
-        use="Hashing with better balance: a frequent id is spread by the id before it.",
-        beware="Rare pairs go to random experts, so an expert sees less related tokens. Needs token ids.",
+        use="For hashing with a better balance: a frequent id is spread over experts by the id before it.",
+        beware="Rare pairs go to random experts, so the tokens of an expert are less related. It needs token ids.",
         causality=Causality(
             causal=True,
             reason="the expert depends on the token's own id and the one before it",
@@ -149,7 +150,7 @@ class HashBigram(Router["HashBigram.Config"]):
         family="static",
         equation="i = position mod E,  y = E_i(x)",
         paper="arXiv:2106.04426, section 3.1 (position hash)",
-        use="A control with even loads: the gain of experts that know nothing about the token.",
+        use="As a control with even loads: it shows the gain of experts that know nothing about the token.",
         beware="Experts have nothing to specialise in. Loads are even only if E divides the sequence length.",
         causality=Causality(
             causal=True, reason="the expert depends on the token's position alone", batch_dependent=False
@@ -187,7 +188,7 @@ class HashPosition(Router["HashPosition.Config"]):
         family="static",
         equation="i = table[next token id],  y = E_i(x)",
         paper="arXiv:2106.04426, section 3.1 (future token oracle)",
-        use="To check the causality tests: an oracle that shows the gain of a leak through routing.",
+        use="To check the causality tests: it shows how much a router can gain by leaking the next token.",
         beware="It reveals the next token to a language model. Its loss is not a result.",
         causality=Causality(
             causal=False,

@@ -27,9 +27,10 @@ from moebench.routing.values import LayerRecord, Routing
         equation="p = softmax(W x + noise),  y = p_i · E_i(x), i = argmax p;  losses mean_t H(p_t) and, for each"
         " domain d, max(0, ln S - H(mean_{t∈d} p_t))",
         paper="arXiv:2206.02770, section 2.2 (entropy losses)",
-        use="Several modalities or domains in one model: keeps a small one from having a single expert.",
-        beware="Thresholds apply to each domain: more experts than a domain needs make them alike. Batch priority "
-        "looks at the whole batch.",
+        use="With several modalities or domains in one model: it keeps the tokens of a small one from sharing a "
+        "single expert.",
+        beware="The threshold applies to each domain: if it asks for more experts than a domain needs, these become "
+        "alike. Batch priority depends on the whole batch.",
         causality=Causality(
             causal=True,
             reason="dropless, each token is routed by its own vector and its own noise",

@@ -26,7 +26,7 @@ from moebench.routing.values import Routing
         equation="training: max Σ_t a_{t,i(t)} with every load at most ⌈T/E⌉;  evaluation: i = argmax a;  "
         "a = W x,  y = sigmoid(a_i) E_i(x)",
         paper="arXiv:2103.16716, section 2 and algorithm 1",
-        use="Even loads in training without a loss or a capacity.",
+        use="When loads must be even in training without a loss or a capacity.",
         beware="Training and evaluation route differently, and in training the assignment leaks information about "
         "later tokens. It takes longer than any other router.",
         causality=Causality(

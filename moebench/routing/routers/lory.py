@@ -23,7 +23,8 @@ from moebench.routing.routers.smear import compute_segment_means
         family="soft",
         equation="w_s = softmax(W mean(x of segment s-1)),  w_1 = softmax(b),  θ̄_s = Σ_e w_se θ_e,  y_t = E(x_t; θ̄_s)",
         paper="arXiv:2405.03133, section 3 (causal segment routing)",
-        use="Fully differentiable experts in a decoder: every expert learns from every token, causally.",
+        use="For fully differentiable experts in a decoder: every expert learns from every token, and routing is "
+        "causal.",
         beware="Merging costs memory for each segment. A segment is routed by the one before, so a change of topic is "
         "followed late. The paper's dense warm-up is left out.",
         causality=Causality(

@@ -28,10 +28,10 @@ from moebench.routing.values import LayerRecord, Routing
         family="token choice",
         equation="s = σ(W x),  I = top-k(s + b),  w = s_I,  after each step b += u · sign(mean load - load)",
         paper="arXiv:2408.15664, section 3 and algorithm 1",
-        use="Language models where a balance loss costs quality: loads become even within some hundred steps, without "
-        "a gradient.",
-        beware="Slow at first, and at the end the bias keeps oscillating by its rate. Loads of a single batch are not "
-        "bounded, so keep experts dropless.",
+        use="In language models where a balance loss costs quality: loads become even within some hundred steps, "
+        "without a gradient.",
+        beware="Balancing is slow at first, and at the end the bias keeps oscillating by its rate. Loads of a single "
+        "batch are not bounded, so keep experts dropless.",
         causality=Causality(
             causal=True,
             reason="each token is routed by its own vector and a bias set by past batches only",
@@ -134,7 +134,7 @@ class LossFree(Router["LossFree.Config"]):
         family="token choice",
         equation="s = σ(W x),  I = top-k(s + b) within the best groups,  w = 2.5 · s_I / Σ s_I,  b as loss_free",
         paper="arXiv:2412.19437, section 2.1.2",
-        use="Hundreds of narrow experts in groups, balanced by a bias and a small loss within sequences.",
+        use="With hundreds of narrow experts in groups, balanced by a bias and a small loss within sequences.",
         beware="As loss_free. 8 experts per token and the factor 2.5 are meant for many experts; with few, set `top_k` "
         "and `scale`.",
         causality=Causality(causal=True, reason="as loss_free", batch_dependent=False),

@@ -29,9 +29,9 @@ from moebench.routing.values import LayerRecord, Routing
         "predictor sigmoid(MLP(sg(x))) > 1/2;  p = softmax(W x), i = argmax p, y = sigmoid(r) p_i E_i(x), "
         "others y = 0",
         paper="arXiv:2404.02258, section 3",
-        use="Spending compute on the tokens that need it: the others skip the layer.",
+        use="When compute should be spent on the tokens that need it: the others skip the layer.",
         beware="Training selects within a whole sequence, which is not causal; evaluation uses a predictor, and "
-        "differs where it errs.",
+        "routes differently where the predictor errs.",
         causality=Causality(
             causal=False,
             reason="in training, whether a token is selected depends on later tokens of its sequence",

@@ -21,7 +21,7 @@ from moebench.routing.values import LayerRecord
         family="soft",
         equation="M_e = softmax over the group (x W_e / τ),  m_e = Σ_t M_te x_t,  y_t = Σ_e M_te E_e(m_e)",
         paper="arXiv:2310.15961, section 3",
-        use="Soft mixing for decoders: no discrete choice, even loads, no balance loss.",
+        use="For soft mixing in decoders: there is no discrete choice, loads are even, and no balance loss is needed.",
         beware="Every output depends on the other sequences of its group, in evaluation too. Mixed tokens come from "
         "unrelated texts.",
         causality=Causality(
@@ -110,7 +110,7 @@ class MixtureOfTokens(Router["MixtureOfTokens.Config"]):
 
     @override
     def executed_flops(self, record: LayerRecord) -> Tensor:
-        # Empty places are mixed too: a group that is not full costs as much as a full one.
+        # Missing tokens are mixed too: a group that is not full costs as much as a full one.
         routing = record.routing
         assert isinstance(routing, SoftRouting)
         num_groups, size, _ = routing.dispatch_BLS.shape

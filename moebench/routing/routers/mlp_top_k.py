@@ -24,9 +24,9 @@ from moebench.routing.values import Routing
         family="token choice",
         equation="p = softmax(A GELU(B x + b)),  w = p_top-k,  y = Σ_i w_i E_i(x)",
         paper="arXiv:2306.04640 (ModuleFormer; the gate is that of its released code)",
-        use="When a linear gate is too simple, and experts should be used evenly by confident choices.",
-        beware="The mutual information is 0 at collapse as at uniform routing, so training may start slowly. The gate "
-        "costs more than a linear one.",
+        use="When a linear gate is too simple, and experts should be used evenly although each choice is confident.",
+        beware="The mutual information is 0 both at collapse and at uniform routing, so training may start slowly. "
+        "The gate costs more than a linear one.",
         causality=Causality(
             causal=True,
             reason="each token is routed by its own vector; over capacity, the earlier token stays",

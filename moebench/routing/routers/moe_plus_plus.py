@@ -6,7 +6,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from moebench.errors import require
-from moebench.routing.constants import constant_like
+from moebench.routing.constants import build_constant_like
 from moebench.routing.context import RouteContext
 from moebench.routing.features.feature import Feature
 from moebench.routing.features.networkless_experts import NetworklessExperts
@@ -23,8 +23,8 @@ from moebench.routing.values import LayerRecord, Routing
         family="adaptive computation",
         equation="G_j = W x + W_g G_{j-1} in the j-th MoE layer,  p = softmax(G_j),  y = Σ_{i in top-k} p_i E_i(x)",
         paper="arXiv:2410.07348, section 3 (loss: heterogeneous load balance)",
-        use="Experts without cost next to networks: easy tokens use less compute.",
-        beware="Pointless without layout `zero_computation`. Executed FLOPs vary with the routing.",
+        use="With experts that cost nothing beside networks: easy tokens use less compute.",
+        beware="It is pointless without the layout `zero_computation`. Executed FLOPs vary with the routing.",
         causality=Causality(
             causal=True,
             reason="each token is routed by its own vectors, here and in the layers below",
@@ -95,7 +95,7 @@ class MoEPlusPlus(Router["MoEPlusPlus.Config"]):
     def losses(self, record: LayerRecord) -> dict[str, LossValue]:
         scores_TE = record.routing.scores_TE
         assert scores_TE is not None
-        eta_E = constant_like(self.eta, scores_TE)
+        eta_E = build_constant_like(self.eta, scores_TE)
 
         def formula(load_E: Tensor, mean_E: Tensor) -> Tensor:
             weighted = (eta_E * (load_E / load_E.sum().clamp(min=1)) * mean_E).sum()

@@ -27,7 +27,7 @@ INIT_SCALE = 0.1
         family="static",
         equation="p = softmax(W_g x),  g the domain of the token,  y = Σ_e p_e E_e(x)",
         paper="doi:10.1145/3219819.3220007, section 4.2 (MMoE)",
-        use="Multi-task learning with few experts and known domains.",
+        use="In multi-task learning with few experts and known domains.",
         beware="All experts are computed unless `top_k` is set. The gate of a domain with little data is poorly "
         "trained.",
         causality=Causality(

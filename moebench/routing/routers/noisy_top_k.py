@@ -28,9 +28,10 @@ MIN_NOISE_STD = 0.01
         family="token choice",
         equation="h̃ = W x + N(0,1)·(softplus(W_n x) + 0.01),  w = softmax(h̃_top-k),  y = Σ_i w_i E_i(x)",
         paper="arXiv:1701.06538, eq. 3-5 and 8-10",
-        use="The first sparsely-gated MoE: exploration by learned noise, losses on both weights and loads.",
-        beware="Needs k ≥ 2. Noise makes training and evaluation differ, and its scale may shrink to 0 before experts "
-        "have specialised.",
+        use="For the router of the first sparsely-gated MoE: learned noise explores, and losses balance both weights "
+        "and loads.",
+        beware="It needs k ≥ 2. Noise makes training and evaluation differ, and its scale may shrink to 0 before "
+        "experts have specialised.",
         causality=Causality(
             causal=True, reason="each token is routed by its own vector and its own noise", batch_dependent=False
         ),

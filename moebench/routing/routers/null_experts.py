@@ -26,9 +26,9 @@ from moebench.routing.values import LayerRecord, Routing
         family="adaptive computation",
         equation="p = softmax(W x) over E + m experts, of the top k those below E are used,  w = p_i / Σ of those",
         paper="arXiv:2406.13233, section 3",
-        use="Easy tokens should use fewer experts than hard ones, with a given number on average.",
-        beware="The balance loss controls the share of null choices on average only. A token with null choices only "
-        "keeps its residual.",
+        use="When easy tokens should use fewer experts than hard ones, and the mean number is given.",
+        beware="The balance loss controls the share of null choices only on average. A token whose choices are all "
+        "null keeps its residual.",
         causality=Causality(causal=True, reason="each token is routed by its own vector", batch_dependent=False),
         variable_k=True,
         budget=Knob(attribute="null_shift", low=-50.0, high=50.0, unit=-1.0),

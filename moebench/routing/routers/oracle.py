@@ -18,8 +18,9 @@ from moebench.routing.values import Routing
         family="baseline",
         equation="i = label of the token (mod E),  y = E_i(x)",
         paper="the data: arXiv:2208.02813, section 3",
-        use="On synthetic data: the upper bound for learned routers.",
-        beware="It reads the answer, so its loss is not a result. Needs a task with token labels.",
+        use="On synthetic data, as the upper bound for learned routers.",
+        beware="It reads the label that learned routers have to infer, so its loss is not a result. It needs a task "
+        "with token labels.",
         causality=Causality(causal=True, reason="the label is part of the data", batch_dependent=False),
         cost="T",
         learned=False,

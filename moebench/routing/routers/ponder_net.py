@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from moebench.errors import require
 from moebench.routing.budget import Knob
-from moebench.routing.constants import constant_like
+from moebench.routing.constants import build_constant_like
 from moebench.routing.context import RouteContext
 from moebench.routing.halting import HaltingRouter, exclusive_cumsum
 from moebench.routing.reduction import LossValue, reduce_record
@@ -27,7 +27,7 @@ from moebench.routing.values import ChainRouting, LayerRecord, Routing
         equation="h_n = h_{n-1} + E_n(|h_{n-1}|),  λ_n = sigmoid(w·|h_n| + b),  p_n = λ_n Π_{j<n} (1-λ_j),  λ_E = 1;  "
         "training: N ~ p, evaluation: N = min {n: Σ_{j≤n} p_j ≥ 1/2};  y = h_N - x",
         paper="arXiv:2107.05407, section 2",
-        use="Adaptive computation with a prior over the number of steps in place of a cost.",
+        use="For adaptive computation with a prior over the number of steps instead of a cost per step.",
         beware="The number of steps is sampled, so its gradient is noisy. Steps are sequential, so it is slow.",
         causality=Causality(causal=True, reason="each token halts by its own states and draws", batch_dependent=False),
         variable_k=True,
@@ -93,7 +93,7 @@ class PonderNet(HaltingRouter):
     def losses(self, record: LayerRecord) -> dict[str, LossValue]:
         logits_TN, ran_TE = record.routing.token_extras["logits_T"], record.routing.token_extras["ran_T"]
         stop_TN, continue_TN = functional.logsigmoid(logits_TN), functional.logsigmoid(-logits_TN)
-        prior_N = constant_like(compute_hazards(self.prior, self.num_experts)[:-1], logits_TN)
+        prior_N = build_constant_like(compute_hazards(self.prior, self.num_experts)[:-1], logits_TN)
         kl_TN = stop_TN.exp() * (stop_TN - prior_N.log()) + continue_TN.exp() * (continue_TN - (-prior_N).log1p())
         reach_TN = exclusive_cumsum(continue_TN)[:, :-1]
         kl_TN = kl_TN * (reach_TN - reach_TN.detach()).exp() * ran_TE[:, :-1]

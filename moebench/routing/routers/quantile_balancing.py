@@ -29,8 +29,8 @@ from moebench.routing.values import LayerRecord, Routing
         equation="s = σ(W x),  I = top-k(s - β),  w = s_I;  after each step a_t = (k+1)-th best of s_t - β,"
         "  β_e = (Tk/E + 1)-th largest of s_te - a_t over its T tokens",
         paper="arXiv:2408.15664 (the bias); the quantile update is that of Megatron-LM's router",
-        use="As loss_free, where loads must be even within tens of steps.",
-        beware="Quantiles of few tokens are noisy: use at least 16 tokens per expert. Balance losses counteract it.",
+        use="As loss_free, when loads must be even within tens of steps.",
+        beware="Quantiles of few tokens are noisy: use at least 16 tokens per expert. A balance loss works against it.",
         causality=Causality(
             causal=True,
             reason="each token is routed by its own vector and prices set by past batches only",

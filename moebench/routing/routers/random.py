@@ -19,7 +19,8 @@ from moebench.routing.values import Routing
         family="baseline",
         equation="k experts drawn uniformly without replacement,  w = 1/k",
         paper="arXiv:2209.01667, section 4.1; control of arXiv:2202.01169",
-        use="The lower bound: what the additional parameters are worth without any knowledge of tokens.",
+        use="As the lower bound: it shows what additional parameters are worth when routing knows nothing about "
+        "tokens.",
         beware="Loads are even on average only. In evaluation the draw depends on the batch and the position in it.",
         causality=Causality(
             causal=True, reason="the draw depends on no token", batch_dependent=True, draws_in_evaluation=True

@@ -22,7 +22,8 @@ from moebench.routing.values import Routing
         family="reinforcement",
         equation="π = softmax(W x),  i ~ π,  y = E_i(x),  loss -(R - b) log π_i - β H(π),  R = -loss of the token",
         paper="arXiv:2202.01169, RL-R; learned baseline: arXiv:2306.03745",
-        use="Learning the choice of expert from rewards alone: what the gradient through the weights is worth.",
+        use="To learn the choice of expert from rewards alone: the difference to `switch` shows what the gradient "
+        "through the weights is worth.",
         beware="The gradient is noisy, more so with more experts, and can converge to one expert. A choice is not "
         "credited for its effect on later tokens.",
         causality=Causality(

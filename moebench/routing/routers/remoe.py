@@ -27,9 +27,10 @@ MAX_GROWTH = 1e12
         family="adaptive computation",
         equation="w = ReLU(W x),  y = Σ_{e: w_e > 0} w_e E_e(x),  loss λ Σ_e f_e mean_t w_te,  λ adapted to k experts",
         paper="arXiv:2412.14711, sections 3.2 and 3.3",
-        use="Fully differentiable sparse routing: experts are added and removed continuously, in any number per token.",
-        beware="Nearly dense at first, which the cost of matched arms does not count. Tokens may get no expert. A "
-        "large factor alpha makes the penalty oscillate.",
+        use="For fully differentiable sparse routing: a token can have any number of experts, and weights reach 0 "
+        "continuously.",
+        beware="It is nearly dense at first, which the cost of matched arms does not count. Tokens may get no expert. "
+        "A large factor alpha makes the penalty oscillate.",
         causality=Causality(
             causal=True,
             reason="each token is routed by its own vector; the penalty depends on past steps only",

@@ -38,9 +38,9 @@ from moebench.routing.values import LayerRecord, Routing
         family="reinforcement",
         equation="π = softmax(W_g x),  g the domain,  a ~ π,  y = E_a(x) or 0,  loss -(R - b) log π_a - β H(π)",
         paper="arXiv:1711.01239",
-        use="An agent per domain that learns from rewards, as in multi-task learning.",
-        beware="Noisy, as all policy gradients. With one domain there is one agent; the collaboration reward can lead "
-        "to a single expert.",
+        use="For multi-task learning with one agent per domain that learns from rewards.",
+        beware="It is noisy, as all policy gradients are. With one domain there is one agent; the collaboration "
+        "reward can lead to a single expert.",
         causality=Causality(
             causal=True,
             reason="each token is routed by its own vector, its domain and its own draw",

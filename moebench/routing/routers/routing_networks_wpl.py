@@ -32,8 +32,8 @@ from moebench.routing.values import LayerRecord, Routing
         family="reinforcement",
         equation="a ~ π_g,  y = E_a(x) or 0,  π_g ← simplex(π_g + λ Δ_a (π_a if Δ_a < 0 else 1 - π_a)),  Δ_a = R_a - R̄",
         paper="arXiv:1711.01239",
-        use="Multi-agent learning that is known to converge: a table of choices for each domain.",
-        beware="Does not look at the token. A domain converges to one expert, whatever their number.",
+        use="For multi-agent learning that is known to converge: each domain has a table of choices.",
+        beware="Routing does not depend on the token. A domain converges to one expert, however many there are.",
         causality=Causality(
             causal=True, reason="the action is drawn from a table that only past steps have set", batch_dependent=False
         ),

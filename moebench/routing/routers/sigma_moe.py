@@ -23,7 +23,7 @@ from moebench.routing.values import Routing
         family="token choice",
         equation="s = σ(W x) · m,  m ~ Bernoulli(1 - δ) in training,  w = s_top-k,  y = Σ_i w_i E_i(x)",
         paper="arXiv:2310.10837, section 5",
-        use="Experts that do not compete: each score is independent, for any number of experts.",
+        use="When experts should not compete: each score is independent, for any number of experts.",
         beware="Weights are not normalised, so the output grows with k. Without the entropy loss or expert dropout few "
         "experts are used.",
         causality=Causality(

@@ -33,9 +33,9 @@ from moebench.routing.values import Routing
         equation="Π = diag(u) exp(W x) diag(v) with even columns,  training: i = top-k of Π,  evaluation: of W x;  w = "
         "sigmoid(h_i) at k=1, softmax(h)_i else",
         paper="arXiv:2202.01169, section 3 and appendix B (S-BASE)",
-        use="Nearly even loads in training for less time than an exact assignment.",
-        beware="Not exactly even, so a capacity still drops. Training and evaluation route differently, and in "
-        "training the plan depends on later tokens.",
+        use="When loads should be nearly even in training, in less time than an exact assignment takes.",
+        beware="Loads are not exactly even, so tokens are still dropped at a capacity. Training and evaluation route "
+        "differently, and in training the plan depends on later tokens.",
         causality=Causality(
             causal=False,
             reason="in training, the scale of each expert is computed over all tokens of the batch",

@@ -23,9 +23,9 @@ from moebench.routing.router import ROUTERS, Causality, Facts, Form, Router, Rou
         family="soft",
         equation="r = mean_t x_t,  w = softmax(s · LN(W) LN(r) / √D),  θ̄ = Σ_e w_e θ_e,  y_t = E(x_t; θ̄)",
         paper="arXiv:2306.03745, section 3",
-        use="Fully differentiable experts for whole sequences: classification, or an encoder.",
-        beware="Depends on the whole sequence, so it leaks the targets of token-by-token prediction. The mean hides "
-        "the needs of single tokens.",
+        use="For fully differentiable experts of whole sequences, in classification or in an encoder.",
+        beware="Routing depends on the whole sequence, so it leaks the targets of token-by-token prediction. The mean "
+        "hides the needs of single tokens.",
         causality=Causality(
             causal=False,
             reason="the merge depends on the mean of the whole sequence",

@@ -32,9 +32,10 @@ from moebench.routing.router import (
         family="soft",
         equation="L = s · X̂ Φ̂,  D = softmax over tokens (L),  C = softmax over slots (L),  Y = C · Experts(Dᵀ X)",
         paper="arXiv:2308.00951, eq. 1-3, normalised as in section 2.3",
-        use="Vision and other encoders: no selection, no loss, no dropping, and gradients everywhere.",
-        beware="Every slot depends on the whole sequence: not for autoregressive models. Padding must be masked, and "
-        "cost grows with slots times length.",
+        use="In vision and other encoders: nothing is selected or dropped, no loss is needed, and all experts get "
+        "gradients.",
+        beware="Every slot depends on the whole sequence, so it does not suit autoregressive models. Padding must be "
+        "masked, and the cost grows with slots times length.",
         causality=Causality(
             causal=False,
             reason="every slot is a mean over the whole sequence",

@@ -28,8 +28,8 @@ FULL_WEIGHT_PROBABILITY = 0.25
         equation="p = softmax(h over {e: (max h - h_e) / max(|h_e|, max h) <= 2ε}),  i ~ p,  w = p_i · m,"
         "  m = 1 if i = argmax or with probability 1/4, else 1/3;  ∂w/∂h = p_i (1_i - p)",
         paper="arXiv:2409.12136, section 2 (SparseMixer-v2 of GRIN); v1: arXiv:2310.00811",
-        use="Sampled routing with a gradient that is accurate to third order, where top-k's gradient is too crude.",
-        beware="A token on which the router is certain gives it no gradient. Sampling makes training noisier than "
+        use="For sampled routing whose gradient is accurate to third order, when that of top-k is too crude.",
+        beware="A token of which the router is certain gives it no gradient. Sampling makes training noisier than "
         "evaluation.",
         causality=Causality(
             causal=True, reason="each token is routed by its own vector and its own draw", batch_dependent=False

@@ -24,7 +24,7 @@ from moebench.routing.values import LayerRecord, Routing
         family="token choice",
         equation="p = softmax(W x),  i = argmax_e p_e,  y = p_i · E_i(x);  losses ‖p/‖p‖₂‖₁ and E · Σ_e mean(p_e)²",
         paper="arXiv:2105.03036, section 2.3",
-        use="Speech: top-1 whose losses need no counts, one for confident frames and one for even use.",
+        use="For speech: top-1 with losses that need no counts, one for confident frames and one for even use.",
         beware="Both losses are computed on probabilities and not on choices, so loads may be uneven at a low "
         "loss. The sparsity loss alone invites collapse.",
         causality=Causality(

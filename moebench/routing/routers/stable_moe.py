@@ -25,9 +25,10 @@ from moebench.routing.values import LayerRecord, Routing
         family="token choice",
         equation="y = σ(w_i·x) E_i(x),  i = argmax_e w_e·x, distilled into a student of the id;  later i = student(id)",
         paper="arXiv:2204.08396",
-        use="Routing that stays fixed while experts keep learning: a table of token ids, learned from the text.",
-        beware="Does not depend on context in stage 2. Evaluation in stage 1 uses the student, which may not have "
-        "learned much. Needs token ids.",
+        use="When routing should stay fixed while experts keep learning: it becomes a table of token ids, learned "
+        "from the text.",
+        beware="Routing does not depend on context in stage 2. Evaluation in stage 1 uses the student, which may not "
+        "have learned much yet. It needs token ids.",
         causality=Causality(
             causal=True, reason="each token is routed by its own vector, later by its own id", batch_dependent=False
         ),

@@ -24,9 +24,9 @@ from moebench.routing.values import Routing
         family="token choice",
         equation="p = softmax(W x),  i = argmax_e p_e,  y = p_i · E_i(x)",
         paper="arXiv:2101.03961, section 2.1",
-        use="The simplest learned router: one expert per token, least compute and communication.",
-        beware="Collapses without its balance loss. With a capacity, late tokens are dropped first. Routing in half "
-        "precision has been seen to diverge; here it is fp32.",
+        use="As the simplest learned router: one expert per token, with the least compute and communication.",
+        beware="It collapses without its balance loss. With a capacity, late tokens are dropped first. Routing in "
+        "half precision has been seen to diverge; here it is computed in fp32.",
         causality=Causality(
             causal=True,
             reason="each token is routed by its own vector; over capacity, the earlier token stays",

@@ -25,7 +25,7 @@ from moebench.routing.values import Routing
         family="static",
         equation="p = softmax(W z),  z the embedding of the sequence's domain,  y = Σ_{i∈top-k} p_i/Σ E_i(x)",
         paper="arXiv:2110.03742, section 3.1 (TaskMoE)",
-        use="Known domains, and models from which the experts of one domain are extracted and served alone.",
+        use="When domains are known, and the experts of one domain should be extracted and served alone.",
         beware="All tokens of a domain share their experts: with fewer domains than experts some are idle, and loads "
         "are those of the data.",
         causality=Causality(causal=True, reason="the domain is given with the text", batch_dependent=False),
@@ -100,9 +100,9 @@ class TaskLevel(Router["TaskLevel.Config"]):
         family="static",
         equation="p = softmax(W z),  z = mean of the sequence's token vectors,  y = Σ_{i∈top-k} p_i/Σ E_i(x)",
         paper="arXiv:2110.03742, section 3.1 (sentence-level routing)",
-        use="One choice per sequence without labels, in encoders.",
-        beware="The mean includes later tokens: not for autoregressive models. Loads are uneven, because whole "
-        "sequences are routed together.",
+        use="For one choice per sequence without labels, in encoders.",
+        beware="The mean includes later tokens, so it does not suit autoregressive models. Loads are uneven, because "
+        "whole sequences are routed together.",
         causality=Causality(
             causal=False, reason="the mean is over the whole sequence", batch_dependent=False, reads_sequence=True
         ),

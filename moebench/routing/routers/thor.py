@@ -20,7 +20,7 @@ from moebench.routing.values import Routing
         family="stochastic",
         equation="i ~ uniform(E) for the whole batch,  y = E_i(x);  two passes: + α · ½ Σ (p - q)(log p - log q)",
         paper="arXiv:2110.04260",
-        use="A model without a learned router: every expert must serve every token, and the agreement of two passes "
+        use="For a model without a learned router: every expert serves every token, and the agreement of two passes "
         "regularises it.",
         beware="Training costs twice as much for each token. Experts cannot specialise, and evaluation draws "
         "experts too.",

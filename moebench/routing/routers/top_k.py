@@ -22,9 +22,10 @@ from moebench.routing.values import Routing
         family="token choice",
         equation="before: p = softmax(W x), w = p_top-k (/ Σ);   after: w = softmax((W x)_top-k);   y = Σ_i w_i E_i(x)",
         paper="arXiv:1701.06538, eq. 3 and 5, without the noise",
-        use="The reference for learned routers: vary k, the order of softmax and selection, and the normalisation.",
-        beware="Collapses without a balance loss. Without renormalisation the weights sum to less than 1 and the scale "
-        "of the output depends on the router's confidence.",
+        use="As the reference for learned routers: k, the order of softmax and selection, and the normalisation can "
+        "be varied.",
+        beware="It collapses without a balance loss. Without renormalisation the weights sum to less than 1 and the "
+        "scale of the output depends on the router's confidence.",
         causality=Causality(
             causal=True,
             reason="each token is routed by its own vector; over capacity, the earlier token stays",
@@ -90,7 +91,7 @@ class TopK(Router["TopK.Config"]):
         family="token choice",
         equation="w = softmax((W x)_top-2),  y = Σ_i w_i E_i(x)",
         paper="arXiv:2401.04088, section 2.1",
-        use="Top-2 as in Mixtral, dropless: the usual reference of open models.",
+        use="For top-2 as in Mixtral, dropless: the usual reference among open models.",
         beware="Weights sum to 1 even if the router is uncertain. The balance loss used to train the released model is "
         "not published.",
         causality=Causality(causal=True, reason="as top_k", batch_dependent=False),
@@ -118,8 +119,9 @@ class Mixtral(TopK):
         family="token choice",
         equation="p = softmax(W x),  w = p_top-8,  y = Σ_i w_i E_i(x)",
         paper="arXiv:2409.02060, section 2",
-        use="Many narrow experts, 8 per token, dropless.",
-        beware="Designed for 64 experts: with 8 experts every token uses all of them. Weights sum to less than 1.",
+        use="With many narrow experts, 8 per token, dropless.",
+        beware="It is designed for 64 experts: with 8 experts every token uses all of them. Weights sum to less than "
+        "1.",
         causality=Causality(causal=True, reason="as top_k", batch_dependent=False),
     )
 )
@@ -141,7 +143,7 @@ class OLMoE(TopK):
         family="static",
         equation="w = softmax((W x)_top-k) with W random and frozen,  y = Σ_i w_i E_i(x)",
         paper="arXiv:2303.01610, section 3.2 (SMoE-Dropout)",
-        use="A control: routing depends on the token, but is not learned.",
+        use="As a control: routing depends on the token, but is not learned.",
         beware="Loads stay as uneven as the random gate makes them.",
         causality=Causality(causal=True, reason="as top_k", batch_dependent=False),
         learned=False,

@@ -22,9 +22,10 @@ from moebench.routing.values import Routing
 @ROUTERS.register(
     Facts(
         family="adaptive computation",
-        equation="p = softmax(W x) sorted down;  k(x) = min{k : p_1 + ... + p_k ≥ P};  y = Σ_{i≤k(x)} p_i E_i(x)",
+        equation="p = softmax(W x) in descending order;  k(x) = min{k : p_1 + ... + p_k ≥ P};  "
+        "y = Σ_{i≤k(x)} p_i E_i(x)",
         paper="arXiv:2403.07652, section 3.2",
-        use="Confident tokens should use one expert and uncertain ones more, without choosing k.",
+        use="When confident tokens should use one expert and uncertain ones more, without choosing k.",
         beware="The gate may become uncertain in order to use more experts: keep the entropy loss. Executed cost "
         "differs from the planned one, so read the load metrics.",
         causality=Causality(causal=True, reason="each token is routed by its own vector", batch_dependent=False),

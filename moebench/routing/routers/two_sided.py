@@ -22,9 +22,9 @@ from moebench.routing.routers.expert_choice import EXCLUDED, ExpertChoice, keep_
         equation="S = softmax(X W);  M_t = the m best experts of t;  I_e = the T·c/E best tokens of e with e ∈ M_t;  "
         "y_t = Σ_{e: t∈I_e} S_te E_e(x_t)",
         paper="arXiv:2209.01667, section 4.1 (proposed there, not tried)",
-        use="Expert choice that respects the tokens' own preferences, in encoders.",
-        beware="Not causal. Loads are bounded but not even, and tokens that no expert prefers get none. There are no "
-        "published results.",
+        use="For expert choice that respects the tokens' own preferences, in encoders.",
+        beware="It is not causal. Loads are bounded but not even, and tokens that no expert prefers get none. There "
+        "are no published results.",
         causality=Causality(
             causal=False,
             reason="whether an expert takes a token depends on later tokens of the same sequence",

@@ -28,9 +28,9 @@ from moebench.routing.values import LayerRecord, Routing
         family="token choice",
         equation="p = softmax(W x + N(0, (σ/E)²)),  w = p_top-k;  slots go to first choices by descending max_e p",
         paper="arXiv:2106.05974, section 2 and appendix C (batch prioritized routing)",
-        use="Vision at small capacity: the patches that are dropped matter least.",
-        beware="With a capacity, later tokens displace earlier ones: not for autoregressive models. Little gain when "
-        "nothing is dropped.",
+        use="In vision at a small capacity: the patches that are dropped matter least.",
+        beware="With a capacity, later tokens displace earlier ones, so it does not suit autoregressive models. There "
+        "is little gain when nothing is dropped.",
         causality=Causality(
             causal=True,
             reason="dropless, each token is routed by its own vector and its own noise",

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from moebench.errors import UsageError, require
 from moebench.ranges import Range, check_ranges
 from moebench.tasks.audio.features import max_num_mels
-from moebench.tasks.folders import TRAIN, assign_parts, find_source, folders_of, list_files
+from moebench.tasks.folders import TRAIN, assign_parts, find_source, list_files, list_parent_folders
 from moebench.tasks.sources import check_source, file_digest, first_line
 from moebench.tasks.tables import (
     Table,
@@ -73,7 +73,7 @@ class AudioDataConfig:
     sample_rate: int = 8000
     """Samples per second; clips with another rate are resampled."""
     num_mels: int = 40
-    """Mel bands of the log-mel spectrogram."""
+    """Number of mel bands of the log-mel spectrogram."""
     max_seconds: float = 6.0
     """Longer clips are skipped and counted."""
     digits: Literal["drop", "keep"] = "drop"
@@ -203,7 +203,7 @@ def _local_clips(config: AudioDataConfig, target: Target) -> Iterator[Clip]:
         yield from _from_table(table, config, parts.get(table.name, TRAIN))
     if not tables:
         for name, path in files.items():
-            folders = folders_of(name, divided=bool(parts))
+            folders = list_parent_folders(name, divided=bool(parts))
             text = _read_target(name, path, folders, target)
             domain = folders[0] if target == "transcript" and config.domain_column and folders else "all"
             # Speech Commands names a recording after its speaker, who must not be in two splits.

@@ -40,17 +40,17 @@ class AudioConfig(TaskConfig):
     NOT_IN_ID: ClassVar[tuple[str, ...]] = ("data.path",)
 
     stack: int = 4
-    """Consecutive frames of 10 ms per position."""
+    """Number of consecutive frames of 10 ms in one position."""
     context: int = 4
-    """Additional frames before and after those of a position in its input."""
+    """Number of frames before and after those of a position that are added to its input."""
     band_masks: int = 1
-    """Frequency masks per utterance in training."""
+    """Number of frequency masks per utterance in training."""
     band_mask_mels: int = 8
-    """Largest width of a frequency mask, in mel bands."""
+    """Maximum width of a frequency mask, in mel bands."""
     time_masks: int = 1
-    """Time masks per utterance in training."""
+    """Number of time masks per utterance in training."""
     time_mask_frames: int = 20
-    """Largest width of a time mask, in frames; never more than a fifth of the utterance."""
+    """Maximum width of a time mask, in frames; never more than a fifth of the utterance."""
     eval_utterances: int | None = None
     """Utterances per domain in an evaluation, evenly spaced over the split; null: all."""
     data: AudioDataConfig = field(default_factory=AudioDataConfig)

@@ -13,7 +13,7 @@ from moebench.errors import UsageError
 from moebench.tasks.audio.clips import AUDIO_FILES, TABLES, AudioDataConfig, Clip, Target, load_clips, source_digest
 from moebench.tasks.audio.features import BrokenAudioError, decode, log_mel, normalise_bands
 from moebench.tasks.audio.transcripts import build_alphabet, normalise
-from moebench.tasks.cache import Arrays, digest_of, load_or_create
+from moebench.tasks.cache import Arrays, compute_digest_of_entry, load_or_create
 from moebench.tasks.folders import TRAIN, warn_unread_files
 from moebench.tasks.sources import check_held_out, warn
 from moebench.tasks.text.splits import MIN_GROUPS, SPLITS, assign_splits, merge_groups
@@ -137,7 +137,7 @@ def _compute_features(config: AudioDataConfig, target: Target) -> tuple[dict[str
     }
     meta: dict[str, Any] = {"symbols": symbols, "domains": domains, "left_out": dict(left_out)}
     targets = {name: a for name, a in arrays.items() if not name.startswith("train") and not name.endswith("frames")}
-    meta["eval_digest"] = digest_of({"symbols": symbols, "domains": domains}, targets)
+    meta["eval_digest"] = compute_digest_of_entry({"symbols": symbols, "domains": domains}, targets)
     return meta, arrays
 
 

@@ -28,7 +28,7 @@ NUM_PARTS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Classification:
+class ClassificationData:
     """What the baselines of a task of classification are computed from."""
 
     task: "Task"
@@ -47,7 +47,7 @@ class Classification:
 class ClassBaselines:
     """The majority class and logistic regression, fitted once for both splits."""
 
-    def __init__(self, problem: Classification) -> None:
+    def __init__(self, problem: ClassificationData) -> None:
         self.problem = problem
         pairs = [(problem.read_features(batch).numpy(), batch.target_BP[:, 0].numpy()) for batch in problem.batches]
         x_NF, label_N = (np.concatenate(parts) for parts in zip(*pairs, strict=True))

@@ -8,9 +8,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from moebench.errors import UsageError, require, unknown
+from moebench.errors import UsageError, build_unknown_error, require
 from moebench.ranges import Range, at_least_1_up_to, check_ranges
-from moebench.tasks.folders import TEST, TRAIN, assign_parts, find_source, folders_of, list_files, name_of
+from moebench.tasks.folders import (
+    TEST,
+    TRAIN,
+    assign_parts,
+    find_source,
+    format_relative_path,
+    list_files,
+    list_parent_folders,
+)
 from moebench.tasks.sources import check_source, file_digest, first_line
 from moebench.tasks.tables import TABLES, Table, open_hub_table, open_table, read_content, read_name
 
@@ -66,7 +74,7 @@ class ImageDataConfig:
         check_source(self, ("test_split", "image_column", "label_column", "domain_column"))
         for source in self.sources:
             if source not in EMBEDDED:
-                raise unknown("task.data.sources", source, EMBEDDED)
+                raise build_unknown_error("task.data.sources", source, EMBEDDED)
         is_unique = len(set(self.sources)) == len(self.sources) > 0
         require(
             is_unique, "task.data.sources", self.sources, "a list that names each of fashion and mnist at most once"
@@ -178,14 +186,14 @@ def _from_folder(files: Mapping[str, Path], config: ImageDataConfig) -> Iterator
     parts = assign_parts(files, by_file=False)
     is_divided, with_images = bool(parts), set()
     for name, path in files.items():
-        folders = folders_of(name, divided=is_divided)
+        folders = list_parent_folders(name, divided=is_divided)
         if not folders:
             raise UsageError(f"task.data.path: '{name}' is in no class folder; put each image into one")
         with_images.add("/".join(name.split("/")[: 1 + is_divided]))
         yield Entry(name=name, image=path, label=folders[0], part=parts.get(name, TRAIN))
     root = find_source(config.path or "")
     tops = {root / path.relative_to(root).parts[0]: None for path in files.values()} if is_divided else [root]
-    folders = [name_of(p, root) for top in tops for p in sorted(top.iterdir()) if p.is_dir()]
+    folders = [format_relative_path(p, root) for top in tops for p in sorted(top.iterdir()) if p.is_dir()]
     empty = [name for name in folders if name not in with_images and not name.split("/")[-1].startswith((".", "__"))]
     if empty and not config.skip_broken:
         raise UsageError(f"task.data.path: folder '{empty[0]}' has no images; remove it, or set skip_broken=true")

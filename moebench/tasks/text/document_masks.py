@@ -10,7 +10,7 @@ from moebench.schema import CellConfig
 from moebench.tasks.task import TaskFacts
 
 
-class MaskedCell(Protocol):
+class CellComponents(Protocol):
     """What a cell consists of, as `compatibility.Combination` has it."""
 
     @property
@@ -30,8 +30,8 @@ class MaskedCell(Protocol):
         """The blocks of the layout."""
 
 
-def refuse_masked_documents(c: MaskedCell) -> Iterator[str]:
-    """Require components that keep the documents of a window apart, where they are to be kept apart.
+def refuse_masked_documents(c: CellComponents) -> Iterator[str]:
+    """Require components that keep the documents of a window apart, if the option requires it.
 
     Competition for experts and their slots is allowed: it couples the sequences of a batch too.
     """

@@ -33,7 +33,7 @@ def is_byte_exact(parts: Mapping[str, Any], vocabulary: Collection[str]) -> bool
     """Return whether the tokens of every text, each read by `read_byte_level`, are the text itself.
 
     `parts`: the content of tokenizer.json. That is so for a byte-level BPE that has all bytes and neither normalizes
-    nor drops anything, as those of GPT-2 and Llama 3.
+    or drops anything, as those of GPT-2 and Llama 3 do.
     """
     model, added = parts["model"], parts.get("added_tokens") or []
     return (

@@ -115,7 +115,7 @@ def remove_overlap(splits: Mapping[str, Sequence[Document]]) -> tuple[dict[str, 
     """Return the splits without the validation and test documents that the training split has, and how many these were.
 
     A document is removed if at least half of its 13-grams are in the training documents. The training split stays as it
-    is. Prints one line if anything is removed; raises UsageError for a domain of which a split keeps nothing.
+    is. Prints one line if anything is removed; raises UsageError for a domain if a split keeps nothing of it.
     """
     evaluated = [(name, document) for name in splits if name != "train" for document in splits[name]]
     sketches = Sketches()

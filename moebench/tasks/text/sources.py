@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from moebench.errors import UsageError, nearest
+from moebench.errors import UsageError, suggest
 from moebench.ranges import AT_LEAST_1, Range, check_ranges
 from moebench.tasks import tables
-from moebench.tasks.folders import TRAIN, assign_parts, find_source, folders_of, list_files
+from moebench.tasks.folders import TRAIN, assign_parts, find_source, list_files, list_parent_folders
 from moebench.tasks.sources import check_source, file_digest, first_line, load_dataset
-from moebench.tasks.streams import COMPRESSED, plain_ending, read_whole_text
+from moebench.tasks.streams import COMPRESSED, find_uncompressed_ending, read_whole_text
 from moebench.tasks.tables import TABLES, Table, file_errors, open_hub_table, open_table, read_name
 from moebench.tasks.text.document import Document, check_text
 from moebench.tasks.text.embedded_tokenizer import BPE
@@ -61,10 +61,10 @@ class TextDataConfig:
     streaming: bool = False
     """Read only the first `max_bytes`, in the order of the source, without downloading or reading more."""
     max_bytes: int | None = None
-    """Largest number of bytes of text (UTF-8) to use, divided equally among domains unless `streaming`; null: all."""
+    """Maximum number of bytes of text (UTF-8) to use, divided equally among domains unless `streaming`; null: all."""
     remove_overlap: bool = True
-    """Remove validation and test documents at least half of whose 13-grams of words are in the training split; a folder
-    of `moebench prepare` has its own `--keep-overlap`."""
+    """Remove validation and test documents that share at least half of their 13-grams of words with the training split;
+    a folder of `moebench prepare` has its own `--keep-overlap`."""
     tokenizer: str = BPE
     """'bpe4096' (trained on the embedded text), 'bytes', a tokenizer.json, its folder, or a name on the hub."""
     mask_documents: bool = False
@@ -193,7 +193,7 @@ def require_same_keys(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Iterator
 def _cell(row: Mapping[str, Any], key: str, column: str, location: str) -> Any:
     if column not in row:
         known = f"columns: {', '.join(row)}"
-        raise UsageError(f"task.data.{key}: there is no column '{column}' in {location}.{nearest(column, row)} {known}")
+        raise UsageError(f"task.data.{key}: there is no column '{column}' in {location}.{suggest(column, row)} {known}")
     return row[column]
 
 
@@ -207,7 +207,7 @@ def _read_text_file(name: str, path: Path, config: TextDataConfig, *, is_divided
 
 def text_file_domain(name: str, *, is_divided: bool) -> str:
     """Return the domain of a text file of a folder: its subfolder, or else its name without the endings."""
-    folders = folders_of(name, divided=is_divided)
+    folders = list_parent_folders(name, divided=is_divided)
     if folders:
         return folders[0]
     names_part = is_divided and "/" not in name
@@ -251,7 +251,7 @@ def _source_files(config: TextDataConfig) -> dict[str, Path]:
         problem = "must end in" if root.is_file() else "has no file that ends in"
         raise UsageError(f"task.data.path: '{config.path}' {problem} {', '.join(endings)}")
     kinds = sorted({next(ending for ending in endings if name.lower().endswith(ending)) for name in files})
-    if len({plain_ending(f"a{kind}") for kind in kinds}) > 1:
+    if len({find_uncompressed_ending(f"a{kind}") for kind in kinds}) > 1:
         raise UsageError(
             f"task.data.path: '{config.path}' mixes {', '.join(kinds)} files; keep one kind, or give what"
             " `moebench prepare` makes of it"

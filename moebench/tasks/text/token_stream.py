@@ -6,7 +6,7 @@ import numpy as np
 
 
 class TokenStream:
-    """The concatenation of arrays, of which only what is read is copied."""
+    """The concatenation of arrays; only what is read is copied."""
 
     def __init__(self, parts: Sequence[np.ndarray]) -> None:
         self.parts = [part for part in parts if len(part)]

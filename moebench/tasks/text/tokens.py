@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moebench.errors import UsageError, nearest
+from moebench.errors import UsageError, suggest
 from moebench.tasks.sources import first_line
 from moebench.tasks.text.coverage import EXAMPLE_LENGTH
 from moebench.tasks.text.embedded_tokenizer import BPE, BPE_FILE
@@ -254,7 +254,7 @@ def load_tokenizer(name: str, *, special_as_text: bool = False) -> Tokenizer:
     except Exception as error:  # the library raises bare Exception
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
-            f"task.data.tokenizer: '{name}' cannot be read ({reason}).{nearest(name, (BPE, 'bytes'))} Allowed: "
+            f"task.data.tokenizer: '{name}' cannot be read ({reason}).{suggest(name, (BPE, 'bytes'))} Allowed: "
             f"'{BPE}', 'bytes', a tokenizer.json or its folder, a hub name"
         ) from error
     return SubwordTokenizer(trained, name, special_as_text=special_as_text)

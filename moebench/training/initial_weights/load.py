@@ -17,7 +17,7 @@ from moebench.training.initial_weights.combining import AveragedParents, join_pa
 from moebench.training.initial_weights.domain_experts import select_expert_domains
 from moebench.training.initial_weights.folder import open_folder, require_same_folders
 from moebench.training.initial_weights.parent import ParentWeights, open_run
-from moebench.training.initial_weights.plan import BANK, LoadPlan, Taken, Way, plan_load
+from moebench.training.initial_weights.plan import BANK, CopyMethod, LoadPlan, TensorCopy, plan_load
 from moebench.training.initial_weights.settings import check_settings
 from moebench.training.initial_weights.stacks import copy_experts
 from moebench.training.initial_weights.upcycling import make_expert
@@ -78,16 +78,16 @@ def take_weights(
     config: CellConfig, plan: LoadPlan, state: Mapping[str, Tensor], parent: ParentWeights
 ) -> LoadedWeights:
     """Fill the tensors of a model, in place, as planned."""
-    parent.load({each.source: state[each.target] for each in plan.of(Way.WHOLE)})
+    parent.load({each.source: state[each.target] for each in plan.of(CopyMethod.WHOLE)})
     new_experts: dict[str, tuple[int, ...]] = {}
-    for each in plan.of(Way.ROWS):
+    for each in plan.of(CopyMethod.ROWS):
         target, first = state[each.target], parent.shapes[each.source][0]
         rows = torch.empty(parent.shapes[each.source], dtype=target.dtype)
         parent.load({each.source: rows})
         copy_experts(target, dict(enumerate(rows)))
         if BANK.fullmatch(each.target):
             new_experts[each.target] = tuple(range(first, target.shape[0]))
-    for network in _group_networks(plan.of(Way.NETWORK)):
+    for network in _group_networks(plan.of(CopyMethod.NETWORK)):
         new_experts |= _make_experts(config, network, state, parent)
     for name in plan.zeroed:
         state[name].zero_()
@@ -98,16 +98,16 @@ def take_weights(
     return LoadedWeights(parent=parent.label, plan=plan, new_experts=new_experts, combined=combined)
 
 
-def _group_networks(taken: list[Taken]) -> list[list[Taken]]:
+def _group_networks(taken: list[TensorCopy]) -> list[list[TensorCopy]]:
     """Return the weights that are taken into stacks of experts, those of one bank together."""
-    banks: dict[str, list[Taken]] = {}
+    banks: dict[str, list[TensorCopy]] = {}
     for each in taken:
         banks.setdefault(each.target.rpartition(".")[0], []).append(each)
     return list(banks.values())
 
 
 def _make_experts(
-    config: CellConfig, bank: list[Taken], state: Mapping[str, Tensor], parent: ParentWeights
+    config: CellConfig, bank: list[TensorCopy], state: Mapping[str, Tensor], parent: ParentWeights
 ) -> dict[str, tuple[int, ...]]:
     """Fill a bank with copies of a dense network; return stack -> experts that are no copies."""
     options = config.init.upcycle

@@ -15,7 +15,7 @@ from moebench.experts.bank import is_sharded
 from moebench.parallel.mesh import SINGLE_PROCESS_MESH, Mesh
 from moebench.schema import CellConfig
 from moebench.tasks.task import Batch, Task
-from moebench.training.evaluation import batch_context, evaluation_mode, part_of_rank, training_precision
+from moebench.training.evaluation import batch_context, evaluation_mode, select_rank_part, training_precision
 from moebench.training.initial_weights.branch_domains import find_domain_router
 from moebench.training.initial_weights.domain_experts import BY_DOMAIN
 from moebench.training.initial_weights.stacks import copy_experts
@@ -102,7 +102,7 @@ def _sum_losses(config: CellConfig, model: Model, task: Task, as_domain: int, me
     train = config.train
     for step in range(NUM_BATCHES):
         batch = task.train_batch(train.batch_size, config.seed, train.skip_batches + step)
-        part = part_of_rank(batch, mesh, model)
+        part = select_rank_part(batch, mesh, model)
         nats_D.index_add_(0, part.domain_B, _compute_losses(config, model, task, part, as_domain))
         count_D.index_add_(0, part.domain_B, torch.full_like(part.domain_B, part.num_predictions, dtype=torch.float64))
     device = mesh.device

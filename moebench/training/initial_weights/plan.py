@@ -23,7 +23,7 @@ BY_EXPERT = re.compile(r".*\.router\.(gate\.(weight_ED|bias_E)|count_E)")
 """Names of weights and state of routers with a row for each expert."""
 
 
-class Way(Enum):
+class CopyMethod(Enum):
     """How a tensor is taken."""
 
     WHOLE = "copied"
@@ -35,19 +35,19 @@ class Way(Enum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Taken:
+class TensorCopy:
     """One tensor of the child that has values of the parent."""
 
     target: str
     source: str
-    way: Way
+    way: CopyMethod
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadPlan:
     """What a child takes."""
 
-    taken: tuple[Taken, ...]
+    taken: tuple[TensorCopy, ...]
     new: tuple[str, ...]
     """Tensors of the child that keep their own initial values."""
     unused: tuple[str, ...]
@@ -55,7 +55,7 @@ class LoadPlan:
     zeroed: tuple[str, ...] = ()
     """Gates of the child that are set to 0."""
 
-    def of(self, way: Way) -> list[Taken]:
+    def of(self, way: CopyMethod) -> list[TensorCopy]:
         """Return what is taken in one way."""
         return [each for each in self.taken if each.way is way]
 
@@ -75,7 +75,7 @@ class Matcher:
     parent_shapes: Shapes
     copies_router: bool = field(default=False)
 
-    def match(self, name: str) -> Taken | None:
+    def match(self, name: str) -> TensorCopy | None:
         """Return how a tensor is taken, None where it is not; raise UsageError for a shape that does not fit."""
         if ROUTER in name:
             return self._match_router(name) if self.copies_router else None
@@ -85,19 +85,19 @@ class Matcher:
         shape, bank = self.child_shapes[name], BANK.fullmatch(name)
         offered = self.parent_shapes[source]
         if shape == offered:
-            return Taken(target=name, source=source, way=Way.WHOLE)
+            return TensorCopy(target=name, source=source, way=CopyMethod.WHOLE)
         if bank and source != name and shape[1:] == offered:
-            return Taken(target=name, source=source, way=Way.NETWORK)
+            return TensorCopy(target=name, source=source, way=CopyMethod.NETWORK)
         if bank and source == name and shape[1:] == offered[1:] and shape[0] > offered[0]:
-            return Taken(target=name, source=source, way=Way.ROWS)
+            return TensorCopy(target=name, source=source, way=CopyMethod.ROWS)
         raise self._refuse(name, source)
 
-    def _match_router(self, name: str) -> Taken | None:
+    def _match_router(self, name: str) -> TensorCopy | None:
         offered, shape = self.parent_shapes.get(name), self.child_shapes[name]
         if offered == shape:
-            return Taken(target=name, source=name, way=Way.WHOLE)
+            return TensorCopy(target=name, source=name, way=CopyMethod.WHOLE)
         if offered and BY_EXPERT.fullmatch(name) and shape[1:] == offered[1:] and shape[0] > offered[0]:
-            return Taken(target=name, source=name, way=Way.ROWS)
+            return TensorCopy(target=name, source=name, way=CopyMethod.ROWS)
         if offered is None or self.config.init.upcycle.router == "auto":
             return None
         raise self._refuse(name, name)

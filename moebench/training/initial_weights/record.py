@@ -8,7 +8,7 @@ import torch
 
 from moebench.reporting.formatting import format_count
 from moebench.training.initial_weights.load import LoadedWeights
-from moebench.training.initial_weights.plan import Way
+from moebench.training.initial_weights.plan import CopyMethod
 
 _BLOCK = re.compile(r"\.blocks\.\d+\.")
 
@@ -19,7 +19,7 @@ def describe_loaded(loaded: LoadedWeights, shapes: Mapping[str, torch.Size]) -> 
     `shapes`: those of the child.
     """
     plan = loaded.plan
-    taken = {way.value: _count_names(each.target for each in plan.of(way)) for way in Way if plan.of(way)}
+    taken = {way.value: _count_names(each.target for each in plan.of(way)) for way in CopyMethod if plan.of(way)}
     return {
         "parent": loaded.parent,
         "taken": taken,
@@ -40,7 +40,7 @@ def describe_loaded(loaded: LoadedWeights, shapes: Mapping[str, torch.Size]) -> 
 def summarise_loaded(record: Mapping[str, Any]) -> str:
     """Return one line on what `describe_loaded` describes."""
     parts = [f"{format_count(record['taken_params'])} parameters taken from {record['parent']}"]
-    parts += [f"{way}: {_join(names)}" for way, names in record["taken"].items() if way != Way.WHOLE.value]
+    parts += [f"{way}: {_join(names)}" for way, names in record["taken"].items() if way != CopyMethod.WHOLE.value]
     for title, key in (("new", "new"), ("0", "zeroed"), ("not used", "unused")):
         if record[key]:
             parts.append(f"{title}: {_join(record[key])}")

@@ -1,4 +1,4 @@
-"""Stacks of experts, of which a process may hold a part."""
+"""Stacks of experts; a process may hold a part of them."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Clipping and the check for non-finite values inside the fused update: the device decides, and the host goes on."""
+"""Clipping and the check for non-finite values inside the fused update: the device decides, and the host continues."""
 
 from collections.abc import Iterable
 

@@ -9,8 +9,8 @@ that takes every token is found whatever the other choices of the tokens are. Wh
 (a > k), m is j a/k: that one of many experts serves every token is no collapse. The alarm comes at most
 3 * WINDOW_STEPS steps after a collapse, one more where steps are checked later.
 
-Routers that choose nothing (mixtures, chains of steps, fixed tables) have no alarm, nor have those that use more than
-half of the experts for a token.
+Routers that choose nothing (mixtures, chains of steps, fixed tables) have no alarm; neither have those that use
+more than half of the experts for a token.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,8 @@ from moebench.routing.values import LayerRecord
 
 WINDOW_STEPS = 5
 COLLAPSED, RECOVERED = 0.9, 0.5
-"""Share of what the busiest experts could have beyond an even load, from which on a layer is collapsed or no more."""
+"""Share of what the busiest experts could have beyond an even load; above the first a layer counts as collapsed, below
+the second as recovered."""
 NUM_WINDOWS = 2
 """In a row."""
 

@@ -13,7 +13,7 @@ import torch
 from support.benchmark_tasks import ITEMS, NAMES, write_tasks
 from support.command_line import CommandLine, Results
 
-from moebench.analysis.benchmarks.comparison import Obstacle, compare_task
+from moebench.analysis.benchmarks.comparison import VerdictObstacle, compare_task
 from moebench.analysis.benchmarks.experiment import evaluate_experiment
 from moebench.analysis.benchmarks.measure import Benchmarks, EvaluationOptions
 from moebench.analysis.benchmarks.report import build_experiment_report, build_model_report
@@ -157,7 +157,7 @@ def test_what_is_stored_is_not_computed_again(results: Path, tmp_path: Path, mon
     again = evaluate(results, folder)
     assert again == second
     assert asked == []
-    monkeypatch.setattr(RunModel, "load", None)  # nor is the model loaded
+    monkeypatch.setattr(RunModel, "load", None)  # the model is not loaded either
     assert evaluate(results, folder) == second
 
 
@@ -208,7 +208,7 @@ def test_arms_are_compared_item_by_item(results: Path, tmp_path: Path) -> None:
     report = build_experiment_report(evaluation)
     assert report.values["tasks"]["animals"]["differences"]["switch"]["seeds"] == [0, 1, 2]
     assert "| (constant answer) |" in report.to_markdown()
-    unequal = {"switch": Obstacle(verdict="not matched", marks=("≠FLOPs",))}
+    unequal = {"switch": VerdictObstacle(verdict="not matched", marks=("≠FLOPs",))}
     comparison = compare_task("animals", animals.results, "dense", unequal)
     marked = build_experiment_report(replace(evaluation, comparisons=(comparison,)))
     assert "| not matched (≠FLOPs) |" in marked.to_markdown()
@@ -261,18 +261,18 @@ def test_a_verdict_needs_seeds_and_the_same_items(results: Path, tmp_path: Path)
     two = {seed: high[seed] for seed in (0, 1)}
     other = {seed: replace(run, items=run.items[::-1]) for seed, run in high.items()}
     arms = {"dense": low, "good": high, "two": two, "other": other, "spoiled": high}
-    compared = compare_task("animals", arms, "dense", {"spoiled": Obstacle(verdict="diverged")})
+    compared = compare_task("animals", arms, "dense", {"spoiled": VerdictObstacle(verdict="diverged")})
     verdicts = {each.arm: each.verdict for each in compared.differences}
     marks = {each.arm: each.marks for each in compared.differences}
     assert marks == {"good": (), "two": (), "other": ("≠items",), "spoiled": ()}
-    unequal = {"good": Obstacle(verdict="not matched", marks=("≠FLOPs",))}
+    unequal = {"good": VerdictObstacle(verdict="not matched", marks=("≠FLOPs",))}
     (refused,) = compare_task("animals", {"dense": low, "good": high}, "dense", unequal).differences
     assert refused.to_dict()["marks"] == ["≠FLOPs"]
     assert verdicts == {"good": "better", "two": "too few seeds", "other": "not matched", "spoiled": "diverged"}
     (reverse,) = compare_task("animals", {"good": high, "dense": low}, "good", {}).differences
     assert reverse.verdict == "worse"
     (strict,) = compare_task(
-        "animals", {"dense": low, "good": high}, "dense", {"good": Obstacle(level=1e-9)}
+        "animals", {"dense": low, "good": high}, "dense", {"good": VerdictObstacle(level=1e-9)}
     ).differences
     assert strict.verdict == "undecided"
 

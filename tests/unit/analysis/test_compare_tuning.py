@@ -12,7 +12,7 @@ from moebench.analysis.compare.values import Comparison
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
 from moebench.experiment.trials import Trial
-from moebench.experiment.tuning import settle
+from moebench.experiment.tuning import select_tuned_cells
 
 RATE, COEFFICIENT = "train.learning_rate", "router.losses.load_balance"
 
@@ -24,7 +24,7 @@ def quality(arm: str, trial: Trial, seed: int) -> float | None:
 
 
 def write_finals(results: Path, experiment: Experiment) -> None:
-    for cell in settle(experiment, results).cells:
+    for cell in select_tuned_cells(experiment, results).cells:
         write_done(results, cell, 2 + cell.seed / 100)
 
 

@@ -154,7 +154,7 @@ pair has no verdict, such an arm is never best.
 p: of the paired t-test. p pooled: p value of the difference by the noise of all arms together. p
 Holm: the larger of both, corrected for 2 comparisons; better or worse means p Holm ≤ 0.05. exact p:
 sign flips, 6 seeds or more, not corrected. detectable: the smallest true difference that 4 of 5
-repeats would show, the differences of all arms taken to vary alike.
+repeats would show, if the differences of all arms vary equally.
 all together: intervals that hold for 2 comparisons at once in 95 % of repeats; ± elsewhere is one
 interval by itself. Hedges g: the difference over the SD between seeds, corrected for few.
 Equivalence within ±0.0200 (1 %) needs 5 seeds.

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from moebench.analysis.design.boundaries import compute_second_level, compute_second_rejection, spend
-from moebench.analysis.design.levels import Level, compute_final_level, describe_levels, level_of_look
+from moebench.analysis.design.levels import Level, compute_final_level, compute_level, describe_levels
 from moebench.experiment.seed_plan import PlanEntry, SeedPlan
 
 Values = NDArray[np.float64]
@@ -58,33 +58,33 @@ def test_the_second_rejection_is_that_of_a_simulation(num_first: int, num_last: 
 
 def test_the_level_of_each_look() -> None:
     fixed, two_looks = make_plan(5), make_plan(5, 8)
-    assert level_of_look(fixed, range(5)) == Level(alpha=0.05)
-    assert level_of_look(SeedPlan(), range(4)) == Level(alpha=0.05)
-    assert level_of_look(fixed, range(4)).alpha == 0.001
-    assert "early look, 4 of 5 planned seeds" in level_of_look(fixed, range(4)).note
-    assert level_of_look(two_looks, range(5)).alpha == pytest.approx(0.0132, abs=1e-4)
-    assert level_of_look(two_looks, range(8), 5).alpha == pytest.approx(0.0397, abs=1e-4)
-    assert "the second of two planned looks" in level_of_look(two_looks, range(8), 5).note
-    assert level_of_look(two_looks, range(6)).alpha == 0.001
-    assert level_of_look(fixed, range(8)).alpha == 0.001
-    assert "without announcing it" in level_of_look(fixed, range(8)).note
-    assert level_of_look(fixed, range(5, 10)).alpha == 0.001  # five seeds, but not those
+    assert compute_level(fixed, range(5)) == Level(alpha=0.05)
+    assert compute_level(SeedPlan(), range(4)) == Level(alpha=0.05)
+    assert compute_level(fixed, range(4)).alpha == 0.001
+    assert "early look, 4 of 5 planned seeds" in compute_level(fixed, range(4)).note
+    assert compute_level(two_looks, range(5)).alpha == pytest.approx(0.0132, abs=1e-4)
+    assert compute_level(two_looks, range(8), 5).alpha == pytest.approx(0.0397, abs=1e-4)
+    assert "the second of two planned looks" in compute_level(two_looks, range(8), 5).note
+    assert compute_level(two_looks, range(6)).alpha == 0.001
+    assert compute_level(fixed, range(8)).alpha == 0.001
+    assert "without announcing it" in compute_level(fixed, range(8)).note
+    assert compute_level(fixed, range(5, 10)).alpha == 0.001  # five seeds, but not those
     extended = make_plan(5, 5, 8, 10)
-    assert level_of_look(extended, range(8)).alpha == 0.005
-    assert level_of_look(extended, range(10)).alpha == 0.0025
-    assert level_of_look(extended, range(5)).alpha == 0.05
+    assert compute_level(extended, range(8)).alpha == 0.005
+    assert compute_level(extended, range(10)).alpha == 0.0025
+    assert compute_level(extended, range(5)).alpha == 0.05
 
 
 def test_two_seeds_plan_no_look() -> None:
-    assert level_of_look(make_plan(2, 5), range(5)) == Level(alpha=0.05)  # the look at two tests nothing
+    assert compute_level(make_plan(2, 5), range(5)) == Level(alpha=0.05)  # the look at two tests nothing
 
 
 def test_levels_are_said_in_one_line() -> None:
-    strict = level_of_look(make_plan(5), range(4))
+    strict = compute_level(make_plan(5), range(4))
     assert describe_levels([("switch", Level(alpha=0.05))]) == []
     [line] = describe_levels([("switch", strict), ("top_k", strict)])
     assert line == "verdicts at the level 0.001 instead of 0.05: an early look, 4 of 5 planned seeds"
-    [first, _] = describe_levels([("switch", strict), ("top_k", level_of_look(make_plan(5, 8), range(5)))])
+    [first, _] = describe_levels([("switch", strict), ("top_k", compute_level(make_plan(5, 8), range(5)))])
     assert first.startswith("switch: verdicts at the level 0.001")
 
 
@@ -117,7 +117,7 @@ def estimate_error(plan: SeedPlan, looks: tuple[int, ...], difference_RAS: Value
     wrong_R = np.zeros(len(difference_RAS), dtype=bool)
     for number in looks:
         smallest_R = compute_p(difference_RAS[:, :, :number]).min(1)
-        wrong_R |= smallest_R * num_comparisons <= level_of_look(plan, range(number), num_comparisons).alpha
+        wrong_R |= smallest_R * num_comparisons <= compute_level(plan, range(number), num_comparisons).alpha
     return float(wrong_R.mean())
 
 
@@ -150,10 +150,10 @@ def test_arms_that_are_decided_at_the_first_look_do_not_raise_the_error() -> Non
     value_RAS = rng.standard_normal((20_000, 11, 8))
     difference_RAS = value_RAS[:, 1:] - value_RAS[:, :1]
     difference_RAS[:, :5] -= 6.0
-    p_RA, level = compute_p(difference_RAS[:, :, :5]), level_of_look(plan, range(5), 10).alpha
+    p_RA, level = compute_p(difference_RAS[:, :, :5]), compute_level(plan, range(5), 10).alpha
     decided_RA = adjust(p_RA) <= level
     p_RA = np.where(decided_RA, p_RA, compute_p(difference_RAS))
-    final_RA = decided_RA | (adjust(p_RA) <= level_of_look(plan, range(8), 10).alpha)
+    final_RA = decided_RA | (adjust(p_RA) <= compute_level(plan, range(8), 10).alpha)
     assert final_RA[:, 5:].any(1).mean() <= 0.054
     assert final_RA[:, :5].mean() > 0.99
 

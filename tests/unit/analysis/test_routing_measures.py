@@ -18,7 +18,7 @@ from moebench.analysis.dynamics.measures import (
     find_changed_tokens,
     find_last_changes,
     list_expert_weights,
-    trade_experts,
+    swap_experts,
 )
 from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.mixed import DeepBank, MixedBank, ZeroBank
@@ -104,7 +104,7 @@ def test_trades_reach_every_routing_equally_often() -> None:
     generator = make_generator("test of trades")
     num_draws = 150 * len(every)
     for _ in range(num_draws):
-        member_TE = trade_experts(member_TE, generator, 6)
+        member_TE = swap_experts(member_TE, generator, 6)
         assert member_TE.sum(1).tolist() == list(sizes)
         assert member_TE.sum(0).tolist() == list(loads)
         counts[tuple(member_TE.flatten().tolist())] += 1

@@ -10,7 +10,12 @@ from matplotlib.image import imread
 from support.run_folders import write_cell
 
 from moebench.analysis.figures import Figures
-from moebench.analysis.specialisation.figures import draw_labels, expert_preference, informative_labels, select_layers
+from moebench.analysis.specialisation.figures import (
+    compute_expert_preference,
+    draw_labels,
+    find_informative_labels,
+    select_layers,
+)
 from moebench.analysis.specialisation.report import (
     build_label_rows,
     build_label_tables,
@@ -28,16 +33,16 @@ TABLE = LabelTable(values=("cat", "dog", "cow"), layers={"0": EVEN, "3": COUNTS}
 
 def test_preference_by_hand() -> None:
     # Both experts have half of all; label 0 has 3/4 and 1/4 of them, the third has no token at all.
-    preference = expert_preference(COUNTS)
+    preference = compute_expert_preference(COUNTS)
     assert preference[:, :2].tolist() == [[1.5, 0.5], [1, 1], pytest.approx([1 / 3, 5 / 3])]
     assert np.isnan(preference[:, 2]).all()
 
 
 def test_uninformative_labels_are_left_out() -> None:
-    assert informative_labels([EVEN, COUNTS]) == [0, 1, 2]
-    assert informative_labels([COUNTS], num_labels=2) == [0, 2]
+    assert find_informative_labels([EVEN, COUNTS]) == [0, 1, 2]
+    assert find_informative_labels([COUNTS], num_labels=2) == [0, 2]
     absent = torch.cat([COUNTS, torch.zeros(1, 3)])
-    assert informative_labels([absent]) == [0, 1, 2]
+    assert find_informative_labels([absent]) == [0, 1, 2]
 
 
 def test_layers_are_drawn_from_the_first_to_the_last() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moebench.bench.layer.loads import MARGIN, assign_experts, craft_input, expert_counts, make_input
+from moebench.bench.layer.loads import MARGIN, assign_experts, build_input_for_loads, expert_counts, make_input
 from moebench.bench.layer.shapes import GPU_PRESETS, PRESETS, Shape, check_loads, choose_shapes, parse_shape
 from moebench.errors import UsageError
 from moebench.experts.feed_forward import ffn_flops
@@ -65,7 +65,7 @@ def test_router_load_is_plain_noise() -> None:
 def test_more_experts_than_dimensions_are_refused() -> None:
     gate_ED = torch.ones(8, 4)  # all experts look the same
     with pytest.raises(UsageError, match=r"--load: cannot be forced on E=8 experts from inputs of d=4"):
-        craft_input(gate_ED, assign_experts([2] * 8, 16, draw()), draw())
+        build_input_for_loads(gate_ED, assign_experts([2] * 8, 16, draw()), draw())
 
 
 def test_presets_are_those_that_are_published() -> None:

@@ -12,7 +12,7 @@ from moebench.bench.layer.measure import Benchmark, Settings
 from moebench.bench.layer.peers.register import PACKAGE, PEERS
 from moebench.bench.layer.problem import Skipped, make_problem
 from moebench.bench.layer.report import build_report
-from moebench.bench.layer.row import GEMM, ROUTER, Line, Row
+from moebench.bench.layer.row import GEMM, ROUTER, CandidateResult, Row
 from moebench.bench.layer.shapes import parse_shape
 from moebench.bench.rounds import describe_rounds
 from moebench.bench.timing import Round, Spread, Timings
@@ -25,11 +25,11 @@ def timings(*, others: float = 0.0, gemm_s: float = 0.5) -> Timings:
     return Timings.choose([Round(seconds=seconds, others=others)] * 3, num_rounds=3)
 
 
-def line(name: str, ratio: float, **changes: object) -> Line:
+def line(name: str, ratio: float, **changes: object) -> CandidateResult:
     spread = Spread(median=ratio, low=ratio - 0.1, high=ratio + 0.1)
     given = {"note": "", "forward_ms": 1.0, "train_ms": ratio, "forward": spread, "train": spread}
     given |= {"forward_tflops": 0.1, "train_tflops": 0.1, "saved_bytes": 3000, "dropped": 0.0}
-    return Line(name=name, **given | {"difference": None, "agrees": None} | changes)  # type: ignore[arg-type]
+    return CandidateResult(name=name, **given | {"difference": None, "agrees": None} | changes)  # type: ignore[arg-type]
 
 
 def row(**changes: object) -> Row:

@@ -18,14 +18,14 @@ def test_busy_time_is_all_but_idle_and_waiting() -> None:
 def test_share_of_others_leaves_out_our_own_time() -> None:
     start = Usage(wall_s=10.0, own_s=1.0, busy_s=50.0)
     later = Usage(wall_s=12.0, own_s=4.0, busy_s=53.4)  # 3.4 s busy, 3.0 of them ours, of 2 s on 2 cores
-    assert start.share_of_others(later, num_cores=2) == pytest.approx(0.1)
+    assert start.compute_share_of_others(later, num_cores=2) == pytest.approx(0.1)
 
 
 def test_share_of_others_stays_between_0_and_1() -> None:
     start = Usage(wall_s=0.0, own_s=0.0, busy_s=0.0)
-    assert start.share_of_others(Usage(wall_s=1.0, own_s=2.0, busy_s=1.9), 2) == 0.0  # ticks are coarse
-    assert start.share_of_others(Usage(wall_s=1.0, own_s=0.0, busy_s=2.5), 2) == 1.0
-    assert start.share_of_others(start, 2) == 0.0
+    assert start.compute_share_of_others(Usage(wall_s=1.0, own_s=2.0, busy_s=1.9), 2) == 0.0  # ticks are coarse
+    assert start.compute_share_of_others(Usage(wall_s=1.0, own_s=0.0, busy_s=2.5), 2) == 1.0
+    assert start.compute_share_of_others(start, 2) == 0.0
 
 
 def rounds(*others: float | None) -> list[Round]:
@@ -71,7 +71,7 @@ def test_one_round_has_no_spread() -> None:
 
 def test_variants_take_turns_in_an_order_that_is_reversed_each_round(monkeypatch: pytest.MonkeyPatch) -> None:
     shares = iter([0.5, 0.0, 0.0])
-    monkeypatch.setattr("moebench.bench.timing.share_since", lambda start: next(shares))
+    monkeypatch.setattr("moebench.bench.timing.measure_share_of_others", lambda start: next(shares))
     called: list[str] = []
 
     def turn(name: str) -> float:
@@ -87,13 +87,13 @@ def test_variants_take_turns_in_an_order_that_is_reversed_each_round(monkeypatch
 
 
 def test_the_number_of_retries_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moebench.bench.timing.share_since", lambda start: 0.9)
+    monkeypatch.setattr("moebench.bench.timing.measure_share_of_others", lambda start: 0.9)
     timings = Protocol(rounds=2).repeat({"a": lambda: 1.0})
     assert (len(timings.rounds), timings.num_rejected, timings.num_contended) == (2, 4, 2)
 
 
 def test_each_call_is_prepared_and_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moebench.bench.timing.share_since", lambda start: 0.0)
+    monkeypatch.setattr("moebench.bench.timing.measure_share_of_others", lambda start: 0.0)
     monkeypatch.setattr("moebench.bench.timing.MIN_TURN_S", 0.0)
     log: list[str] = []
     timed = TimedCall(call=lambda: log.append("call"), prepare=lambda: log.append("prepare"))

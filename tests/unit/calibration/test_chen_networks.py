@@ -21,8 +21,8 @@ from moebench.calibration.chen2022.published import PUBLISHED
 from moebench.calibration.chen2022.report import build_report
 from moebench.calibration.chen2022.training import (
     KINDS,
-    Outcome,
-    Stopped,
+    TrainingOutcome,
+    TrainingStopped,
     measure_dispatch_entropy,
     normalise_gradients,
     train_and_test,
@@ -147,7 +147,7 @@ def test_a_failure_stops_the_other_runs(monkeypatch):
             raise ValueError("first")
         assert stopped.wait(60)
         stopped_runs.append(seed)
-        raise Stopped
+        raise TrainingStopped
 
     monkeypatch.setattr(measure, "train_and_test", wait_or_fail)
     with pytest.raises(ValueError, match="first"):
@@ -159,13 +159,13 @@ def test_a_stopped_run_ends():
     stopped = threading.Event()
     stopped.set()
     for kind in KINDS:
-        with pytest.raises(Stopped):
+        with pytest.raises(TrainingStopped):
             train_and_test(SETTINGS[0], kind, 0, num_examples=16, stopped=stopped)
 
 
 def test_every_published_figure_has_a_model_and_a_setting():
     assert set(PUBLISHED) == {(setting.name, kind.name) for setting in SETTINGS for kind in KINDS}
-    outcomes = {("S1", "single linear"): [Outcome(accuracy=70.0, dispatch_entropy=None)]}
+    outcomes = {("S1", "single linear"): [TrainingOutcome(accuracy=70.0, dispatch_entropy=None)]}
     assert "| single linear | S1 | 68.31 | 70.00 | +1.69 | – | – | 1 |" in build_report(outcomes).to_markdown()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moebench.errors import UsageError
-from moebench.experiment.axes import changes_nothing
+from moebench.experiment.axes import is_unused_by
 from moebench.experiment.grid import Experiment, expand
 
 
@@ -75,4 +75,4 @@ def test_values_given_twice_stay_an_error(tmp_path: Path) -> None:
     ],
 )
 def test_keys_that_change_nothing(router: str, key: str, expected: bool) -> None:
-    assert changes_nothing(router, key) is expected
+    assert is_unused_by(router, key) is expected

@@ -1,4 +1,4 @@
-"""Arms of equal FLOPs of training, and the dense parent that goes on beside upcycled arms."""
+"""Arms of equal FLOPs of training, and the dense parent that continues beside upcycled arms."""
 
 from pathlib import Path
 from typing import Any

@@ -8,7 +8,7 @@ import pytest
 from support.run_folders import write_result
 
 from moebench.analysis.compare.experiment import read_plan
-from moebench.analysis.design.levels import level_of_look
+from moebench.analysis.design.levels import compute_level
 from moebench.config import cell_id
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment, expand
@@ -181,6 +181,6 @@ def test_a_damaged_record_is_noted(tmp_path: Path, damage: str) -> None:
     for _ in range(2):
         plan, notes = read_plan(experiment, tmp_path)
         assert (plan.is_lost, notes) == (True, [])
-        level = level_of_look(plan, plan.planned)
+        level = compute_level(plan, plan.planned)
         assert (level.alpha, "record of the planned seeds was damaged" in level.note) == (0.001, True)
         record_experiment(tmp_path, experiment)

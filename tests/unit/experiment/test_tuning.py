@@ -21,7 +21,7 @@ from moebench.experiment.tuning import (
     build_tuning_experiment,
     list_tuning_cells,
     read_tuning,
-    settle,
+    select_tuned_cells,
 )
 from moebench.runs.experiment_record import read_record
 
@@ -108,14 +108,14 @@ def test_mistakes_are_one_line(tmp_path: Path, overrides: list[str], message: st
 def test_tuning_is_turned_off_by_null(tmp_path: Path) -> None:
     experiment = expand_tuned(tmp_path, "tune=null", "train.learning_rate=0.1", "seeds=[100]")
     assert experiment.tuning is None
-    assert settle(experiment, tmp_path) is experiment
+    assert select_tuned_cells(experiment, tmp_path) is experiment
 
 
 def test_each_arm_chooses_by_its_validation_mean(tmp_path: Path) -> None:
     experiment = expand_tuned(tmp_path)
     write_trials(tmp_path, experiment, distance)
     assert choice_of(experiment, tmp_path, "switch").edges == (COEFFICIENT,)  # 0.002 is in the middle of three
-    settled = settle(experiment, tmp_path)
+    settled = select_tuned_cells(experiment, tmp_path)
     assert [(cell.arm, cell.seed) for cell in settled.cells] == [(cell.arm, cell.seed) for cell in experiment.cells]
     for cell in settled.cells:
         assert cell.config.train.learning_rate == cell.varies[RATE] == 0.002
@@ -123,7 +123,7 @@ def test_each_arm_chooses_by_its_validation_mean(tmp_path: Path) -> None:
     chosen = choice_of(experiment, tmp_path, "switch").chosen
     assert chosen is not None
     assert chosen.mean == pytest.approx(2.0105)  # 2 + 0.01, plus 0 and 0.001 for the two seeds
-    assert settle(settled, tmp_path).cells == settled.cells
+    assert select_tuned_cells(settled, tmp_path).cells == settled.cells
 
 
 def test_a_trial_that_diverged_is_the_worst(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_an_arm_whose_trials_all_failed_is_failed_and_the_others_go_on(tmp_path:
     assert choice.failure == (
         "all 3 trials of its tuning failed, first learning_rate=0.001: seed 100: loss is nan at step 4"
     )
-    assert settle(experiment, tmp_path).arms == ["dense", "switch"]
+    assert select_tuned_cells(experiment, tmp_path).arms == ["dense", "switch"]
 
 
 def test_of_equal_trials_the_first_is_chosen(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_an_arm_chooses_when_its_last_run_has_ended(tmp_path: Path) -> None:
     assert experiment.tuning is not None
     last = experiment.tuning.arms[1].trials[-1].cells[-1]
     (tmp_path / "runs" / last.id / "result.json").unlink()
-    assert settle(experiment, tmp_path).arms == ["dense", "hash"]
+    assert select_tuned_cells(experiment, tmp_path).arms == ["dense", "hash"]
     (waiting,) = state_of(experiment, tmp_path).unfinished
     assert (waiting.arm, waiting.describe_progress()) == ("switch", "11 of 12 tuning runs have ended")
     planned = [(cell.arm, is_settled) for cell, is_settled in list_planned_cells(experiment, tmp_path)[24:]]
@@ -186,7 +186,7 @@ def test_the_record_has_what_was_tried_and_chosen(tmp_path: Path) -> None:
     experiment = expand_tuned(tmp_path)
     write_trials(tmp_path, experiment, distance)
     open_results(tmp_path)
-    settled = settle(experiment, tmp_path)
+    settled = select_tuned_cells(experiment, tmp_path)
     record_experiment(tmp_path, settled)
     record = read_record(tmp_path / "experiments" / "tuned.json")
     assert [cell["id"] for cell in record["cells"]] == [cell.id for cell in settled.cells]

@@ -69,10 +69,10 @@ def test_rows_that_are_part_of_a_wider_matrix() -> None:
 
 
 def test_the_batched_routine_is_for_fp32_alone() -> None:
-    assert not gemm_batch.takes(normal(2, 2, dtype=torch.float64))
-    assert not gemm_batch.takes(normal(4, 4)[::2, ::2])
-    assert not gemm_batch.takes(normal(4, 6).T)
-    assert gemm_batch.takes(normal(2, 2))
+    assert not gemm_batch.is_supported(normal(2, 2, dtype=torch.float64))
+    assert not gemm_batch.is_supported(normal(4, 4)[::2, ::2])
+    assert not gemm_batch.is_supported(normal(4, 6).T)
+    assert gemm_batch.is_supported(normal(2, 2))
     assert gemm_batch.fits(pack_rows([2]), normal(2, 2), normal(1, 2, 2)) is gemm_batch.is_available()
 
 

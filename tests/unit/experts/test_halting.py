@@ -22,7 +22,7 @@ from support.layout_models import backbone_of, config_of
 from torch import Tensor
 
 from moebench.errors import UsageError
-from moebench.experts.bank_pass import BankPass, unit_scale
+from moebench.experts.bank_pass import BankPass, divide_by_rms
 from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.layer import LayerOptions, MoELayer
@@ -49,7 +49,7 @@ def states(bank: ExpertBank, x_TD: Tensor) -> list[Tensor]:
     """Return h_1 ... h_E of tokens that take all steps."""
     states = [x_TD]
     for step in range(bank.num_experts):
-        read_TD = x_TD if step == 0 else unit_scale(states[-1])
+        read_TD = x_TD if step == 0 else divide_by_rms(states[-1])
         states.append(states[-1] + bank.expert(read_TD, step))
     return states[1:]
 
@@ -217,7 +217,7 @@ def exact_gradients(layer: MoELayer, x_D: Tensor, pull_D: Tensor) -> tuple[list[
     """Return the gradients of Σ p_n L_n and of KL(p || prior) of one token, all steps enumerated."""
     h_ND = torch.stack(states(layer.bank, x_D[None])).squeeze(1)
     num_steps = len(h_ND)
-    hazard_N = (layer.router.gate(unit_scale(h_ND[:-1])) + layer.router.bias).sigmoid().squeeze(-1)
+    hazard_N = (layer.router.gate(divide_by_rms(h_ND[:-1])) + layer.router.bias).sigmoid().squeeze(-1)
     hazard_N = torch.cat([hazard_N, torch.ones(1)])
     p_N = hazard_N * torch.cat([torch.ones(1), (1 - hazard_N[:-1]).cumprod(0)])
     prior = layer.router.prior

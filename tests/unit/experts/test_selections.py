@@ -22,7 +22,7 @@ NUM_TOKENS = 32
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (selection, bank_pass):
-        monkeypatch.setattr(module, "reads_without_waiting", lambda device: False)
+        monkeypatch.setattr(module, "can_read_without_waiting", lambda device: False)
 
 
 def compute(case: Case, capacity: Capacity) -> tuple[LayerRecord, list[Tensor]]:

@@ -12,7 +12,7 @@ import pytest
 from moebench.errors import UsageError
 from moebench.runs.journal import is_valid_metric_name
 from moebench.tasks.audio.clips import AudioDataConfig, load_clips
-from moebench.tasks.folders import assign_parts, find_source, folders_of, list_files, warn_unread_files
+from moebench.tasks.folders import assign_parts, find_source, list_files, list_parent_folders, warn_unread_files
 from moebench.tasks.images.sources import ImageDataConfig, read_entries
 from moebench.tasks.sources import LOADERS
 from moebench.tasks.tables import Table, open_table, read_name
@@ -95,10 +95,10 @@ def test_ambiguous_splits_are_refused() -> None:
     # A table called so is no class: rows that were kept apart must not be trained on.
     with pytest.raises(UsageError, match=r"'data\.csv' belongs to no split, but other files belong to test"):
         assign_parts(["data.csv", "test.csv"], by_file=True)
-    assert folders_of("en/train/a.txt", divided=True) == ["en"]
-    assert folders_of("train/cat/small/a.png", divided=True) == ["cat", "small"]
-    assert folders_of("train/cat/a.png", divided=False) == ["train", "cat"]
-    assert folders_of("train.png", divided=True) == []
+    assert list_parent_folders("en/train/a.txt", divided=True) == ["en"]
+    assert list_parent_folders("train/cat/small/a.png", divided=True) == ["cat", "small"]
+    assert list_parent_folders("train/cat/a.png", divided=False) == ["train", "cat"]
+    assert list_parent_folders("train.png", divided=True) == []
 
 
 def read(table: Table, *columns: str) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def later(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let runs check their steps later, as on a GPU."""
-    monkeypatch.setattr("moebench.training.module.can_check_later", lambda config, mesh, optimizer: True)
+    monkeypatch.setattr("moebench.training.module.can_defer_checks", lambda config, mesh, optimizer: True)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def quiet(text: Path, **options: Any) -> Any:
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let lists of assignments keep their length."""
     for module in ("routing.selection", "experts.bank_pass"):
-        monkeypatch.setattr(f"moebench.{module}.reads_without_waiting", lambda device: False)
+        monkeypatch.setattr(f"moebench.{module}.can_read_without_waiting", lambda device: False)
 
 
 ROUTERS = (
@@ -177,7 +177,7 @@ def test_a_run_that_is_checked_later_is_the_same(text: Path, tmp_path: Path, lat
     late = Run(config, tmp_path / "late")
     assert late() is not None
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moebench.training.module.can_check_later", lambda config, mesh, optimizer: False)
+        patch.setattr("moebench.training.module.can_defer_checks", lambda config, mesh, optimizer: False)
         early = Run(config, tmp_path / "early")
         assert early() is not None
     for (step, ours), (same_step, theirs) in zip(late.points(), early.points(), strict=True):
@@ -213,7 +213,7 @@ def test_a_step_is_repeated_with_the_routers_of_before_it(
     with pytest.raises(NonFiniteError, match="traced"):
         Run(config, tmp_path / "late", task=task)()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("moebench.training.module.can_check_later", lambda config, mesh, optimizer: False)
+        patch.setattr("moebench.training.module.can_defer_checks", lambda config, mesh, optimizer: False)
         task = SpoiledLater(prepare_task(config, tmp_path), lambda loss_BP: loss_BP * float("nan"), at=6)
         with pytest.raises(NonFiniteError, match="traced"):
             Run(config, tmp_path / "early", task=task)()
@@ -227,7 +227,7 @@ def test_spikes_are_recorded_at_their_steps(text: Path, tmp_path: Path, later: N
     ended = []
     for name, is_late in (("late", True), ("early", False)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("moebench.training.module.can_check_later", lambda *_, is_late=is_late: is_late)
+            patch.setattr("moebench.training.module.can_defer_checks", lambda *_, is_late=is_late: is_late)
             task = SpoiledLater(prepare_task(config, tmp_path), lambda loss_BP: 50 * loss_BP, at=14)
             run = Run(config, tmp_path / name, task=task)
             result = run()

@@ -79,7 +79,7 @@ def test_a_resumed_run_keeps_the_same_weights(text: Path, tmp_path: Path) -> Non
     full()
     with pytest.raises(KilledError):
         parts()
-    # Killed at step 8: the run goes on from step 4, and what was kept of later steps is written again.
+    # Killed at step 8: the run continues from step 4, and what was kept of later steps is written again.
     (parts.checkpoints / "step_0000008.json").unlink()
     (parts.checkpoints / "kept" / "step_0000007.json").unlink()
     (parts.checkpoints / "kept" / "step_0000005.ckpt" / "rest.pt").write_bytes(b"damaged")
@@ -90,7 +90,7 @@ def test_a_resumed_run_keeps_the_same_weights(text: Path, tmp_path: Path) -> Non
 
 
 def test_steps_that_a_run_has_passed_are_named(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    # The option is no part of the id, so a run that was stopped may go on with it.
+    # The option is no part of the id, so a run that was stopped may continue with it.
     Run(tiny_config(text), tmp_path)(stop_at=5)
     config = tiny_config(text, train={"keep_checkpoints": [2, 4, 8]})
     Run(config, tmp_path)()

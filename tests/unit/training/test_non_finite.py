@@ -82,7 +82,7 @@ def test_evaluation_names_split_batch_and_layer(text: Path, tmp_path: Path, capf
     with pytest.raises(NonFiniteError, match=rf"^the validation split gives .* after step 12: {place}"):
         run()
     lines = capfd.readouterr().out.splitlines()
-    # Training goes on after an evaluation that is not the last: its loss is finite.
+    # Training continues after an evaluation that is not the last: its loss is finite.
     assert [line.split(":")[0].rsplit(" ", 1)[1] for line in lines if line.startswith("the validation split")] == [
         "5",
         "10",

@@ -16,7 +16,8 @@ def activate(hidden_RF: Tensor, *, gated: bool) -> Tensor:
     if not gated or not hidden_RF.numel():
         return activation.activate(hidden_RF, gated=gated)
     with torch.cuda.device_of(hidden_RF):
-        return swiglu_fused_gate_up_forward(hidden_RF.contiguous())[1]
+        y_RF: Tensor = swiglu_fused_gate_up_forward(hidden_RF.contiguous())[1]
+    return y_RF
 
 
 def activate_backward(grad_RF: Tensor, hidden_RF: Tensor, *, gated: bool) -> Tensor:
@@ -24,7 +25,8 @@ def activate_backward(grad_RF: Tensor, hidden_RF: Tensor, *, gated: bool) -> Ten
     if not gated or not hidden_RF.numel():
         return activation.activate_backward(grad_RF, hidden_RF, gated=gated)
     with torch.cuda.device_of(hidden_RF):
-        return swiglu_fused_gate_up_backward(hidden_RF.contiguous(), grad_RF.contiguous())
+        gradient_RF: Tensor = swiglu_fused_gate_up_backward(hidden_RF.contiguous(), grad_RF.contiguous())
+    return gradient_RF
 
 
 def weighted_backward(

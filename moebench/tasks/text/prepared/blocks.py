@@ -42,7 +42,7 @@ def cut_text(text: str, size: int) -> Iterator[str]:
 
 
 def read_parts(file: TextIO, size: int) -> Iterator[str]:
-    """Yield the text of a file in the parts that `cut_text` would make of it, of which two are in memory."""
+    """Yield the text of a file in the parts that `cut_text` would make of it, keeping two in memory."""
     text = ""
     while more := file.read(size):
         text += more

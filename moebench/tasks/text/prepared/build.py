@@ -109,7 +109,7 @@ class _Build:
         return Outcome(manifest=manifest, was_ready=False, num_kept=len(kept))
 
     def _provide_tokenizer(self) -> tuple[FileEntry | None, Tokenizer]:
-        """Put the tokenizer into the folder, training it if it is to be trained; return its entry and itself."""
+        """Put the tokenizer into the folder, training it if requested; return its entry and the tokenizer."""
         out, name, vocab_size = self.options.out, self.options.tokenizer, self.options.vocab_to_train
         if name == "bytes":
             return None, load_tokenizer(name)

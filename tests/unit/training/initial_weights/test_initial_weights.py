@@ -18,7 +18,7 @@ from support.parent_runs import (
 from support.training_cases import Run, tiny_config, write_text
 
 from moebench.errors import UsageError
-from moebench.training.initial_weights.plan import Way
+from moebench.training.initial_weights.plan import CopyMethod
 from moebench.training.model import build_initialised_model, prepare_task
 
 EXACT = (
@@ -50,7 +50,7 @@ def test_copies_of_a_dense_network_start_at_its_function(router: str, parent: Ru
     expected = compute_logits(read_parent(parent), config, results)
     torch.testing.assert_close(compute_logits(child, config, results), expected, rtol=0, atol=1e-6)
     assert loaded is not None
-    assert len(loaded.plan.of(Way.NETWORK)) == 4  # two matrices in each of two blocks
+    assert len(loaded.plan.of(CopyMethod.NETWORK)) == 4  # two matrices in each of two blocks
     assert all(".router." in name for name in loaded.plan.new)
     assert not loaded.plan.unused
 
@@ -119,7 +119,7 @@ def test_an_expert_is_added_to_those_of_the_parent(tmp_path: Path, text: Path) -
     child, loaded = build_child(config, tmp_path)
     assert loaded is not None
     assert set(loaded.new_experts.values()) == {(4,)}
-    assert len(loaded.plan.of(Way.ROWS)) == 6  # two stacks and a gate in each of two blocks
+    assert len(loaded.plan.of(CopyMethod.ROWS)) == 6  # two stacks and a gate in each of two blocks
     assert child.state_dict()["backbone.blocks.0.feed_forward.router.gate.weight_ED"].shape[0] == 5
     fewer = child_config(text, router="top_k", layout={"num_experts": 3, "expert_width": None, "match": "none"})
     with pytest.raises(UsageError, match=r"layout.num_experts must be at least 4, got 3"):
@@ -132,7 +132,7 @@ def test_shared_networks_and_dense_blocks_get_a_copy(parent: Run, results: Path,
     config = child_config(text, router="top_k", layout=layout)
     child, loaded = build_child(config, results)
     assert loaded is not None
-    assert any(".shared." in each.target for each in loaded.plan.of(Way.WHOLE))
+    assert any(".shared." in each.target for each in loaded.plan.of(CopyMethod.WHOLE))
     expected = compute_logits(read_parent(parent), config, results)
     torch.testing.assert_close(compute_logits(child, config, results), expected, rtol=0, atol=1e-6)
 

@@ -38,7 +38,7 @@ def parent(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def adapted(text: Path, choice: str, name: str = "domain", **overrides: Any) -> CellConfig:
-    """Return a cell that goes on with `klm` alone, and has an expert for it after those of its parent."""
+    """Return a cell that continues with `klm` alone, and has an expert for it after those of its parent."""
     options = {
         "router": {"name": name, "domains": ["ab", "xyz", "klm"]},
         "layout": {**WIDE["layout"], "num_experts": 3},

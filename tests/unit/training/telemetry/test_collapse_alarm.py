@@ -78,7 +78,7 @@ def test_one_layer_of_eight_is_named_within_20_steps(
 def test_an_alarm_that_is_checked_later_keeps_the_journal_in_order(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moebench.training.module.can_check_later", lambda config, mesh, optimizer: True)
+    monkeypatch.setattr("moebench.training.module.can_defer_checks", lambda config, mesh, optimizer: True)
     train = {"steps": 14, "log_every": 1}
     run = planted(text, 0, folder=tmp_path, router={"layer": 1}, train=train, model={"num_layers": 2})
     run()
