@@ -90,7 +90,7 @@ def _make_keys(value, expert_1E, per_quantum, limit, BLOCK: tl.constexpr):
     multiple = value * per_quantum
     size = tl.abs(multiple)
     size = tl.where(size < IS_INTEGER, (size + IS_INTEGER) - IS_INTEGER, tl.minimum(size, limit))
-    rounded = tl.where(multiple < 0, -size, size) + 0.0  # no negative zero
+    rounded = tl.where(multiple < 0, 0.0 - size, size)  # never a negative zero
     bits = rounded.to(tl.int32, bitcast=True)
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # of negative values the larger bits are the lower value
     return (ordered.to(tl.int64) << 32) + (BLOCK - 1 - expert_1E)
