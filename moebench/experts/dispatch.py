@@ -137,11 +137,11 @@ def dispatch(x_TD: Tensor, plan: DispatchPlan) -> Tensor:
 
 def combine(y_RD: Tensor, weight_N: Tensor, plan: DispatchPlan) -> Tensor:
     """Return y_TD: for each token the sum of its experts' outputs times their weights (0 for an unserved token)."""
-    y_TD: Tensor = _Combine.apply(y_RD, cast_weights(weight_N, y_RD), plan)  # type: ignore[no-untyped-call]
+    y_TD: Tensor = _Combine.apply(y_RD, cast_row_weights(weight_N, y_RD), plan)  # type: ignore[no-untyped-call]
     return y_TD
 
 
-def cast_weights(weight_N: Tensor, rows: Tensor) -> Tensor:
+def cast_row_weights(weight_N: Tensor, rows: Tensor) -> Tensor:
     """Return weights of rows in fp32, or in fp64 if the rows are."""
     return weight_N.to(torch.promote_types(rows.dtype, torch.float32))
 

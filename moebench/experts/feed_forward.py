@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from moebench.experts.activation import GATED, Dropout, activate
 from moebench.experts.bank import Bank, init_experts, merge_weights, read_weight
-from moebench.experts.dispatch import DispatchPlan, cast_weights, dispatch
+from moebench.experts.dispatch import DispatchPlan, cast_row_weights, dispatch
 from moebench.experts.fused import compute_fused_mixture
 from moebench.experts.grouped import cast_for_autocast, grouped_matmul
 from moebench.experts.weighted_rows import WeightedExperts, sum_rows
@@ -155,7 +155,7 @@ class ExpertBank(Bank):
         weights = read_weight(self.w_in_EDF), read_weight(self.w_out_EFD)
         experts = WeightedExperts(w_in_EDF=weights[0], w_out_EFD=weights[1], activation=self.activation)
         plan = DispatchPlan.of(routing)
-        rows = dispatch(x_TD, plan), plan.weight_R(cast_weights(routing.weight_N, x_TD))
+        rows = dispatch(x_TD, plan), plan.weight_R(cast_row_weights(routing.weight_N, x_TD))
         y_RD = self.exchange.compute_weighted(experts, rows, plan.groups.load_E, while_in_flight)
         return sum_rows(y_RD, plan)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from moebench.experts.dispatch import cast_weights
+from moebench.experts.dispatch import cast_row_weights
 from moebench.experts.fused_experts import FusedExperts
 from moebench.experts.fused_operator import apply_operator
 from moebench.experts.grouped import cast_for_autocast
@@ -18,7 +18,7 @@ def compute_fused_mixture(
 ) -> Tensor:
     """Return Σ_e w_te E_e(x_t) for every token; with `recompute` the activation is computed again on a CPU too."""
     x_TD, w_in_EDF, w_out_EFD = cast_for_autocast(x_TD, w_in_EDF, w_out_EFD)
-    tensors = x_TD, cast_weights(routing.weight_N, x_TD), w_in_EDF, w_out_EFD
+    tensors = x_TD, cast_row_weights(routing.weight_N, x_TD), w_in_EDF, w_out_EFD
     if torch.compiler.is_compiling():  # else without the operator: its dispatcher takes as long as a small layer
         return apply_operator(tensors, routing, activation)
     experts = FusedExperts.of(x_TD, routing, activation, recompute=recompute)

@@ -31,7 +31,7 @@ class Worker(Protocol):
 
     rank: int
     has_ended: bool
-    """Whether no more messages will come."""
+    """Whether all messages have arrived."""
     notes: Sequence[str] = ()
     """Lines for the user that the process has sent."""
     last_message_at: float

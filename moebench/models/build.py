@@ -59,8 +59,8 @@ def build_backbone(
     sizes = replace(builder, config=sized_as or config)
     widths = [sizes.widths(index, plan) for index, plan in enumerate(plan_backbone(sizes.config, half))]
     blocks = [builder.block(index, plan, widths[index]) for index, plan in enumerate(plan_backbone(config, half))]
-    place = "input" if half is None else f"{half}.input"
-    return Transformer(StreamStyle.of(config.model), blocks, required_features(config.router), place)
+    dropout_name = "input" if half is None else f"{half}.input"
+    return Transformer(StreamStyle.of(config.model), blocks, required_features(config.router), dropout_name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +164,8 @@ class Builder:
         stream, style = StreamStyle.of(model), self.expert_style
 
         def block(expert: int, index: int, widths: Widths) -> Block:
-            place = f"expert {expert}.{index}"
-            return Block(stream, place, self._attention(), style.build(widths.of(1.0)))
+            dropout_name = f"expert {expert}.{index}"
+            return Block(stream, dropout_name, self._attention(), style.build(widths.of(1.0)))
 
         def build(widths: Widths) -> WholeModels:
             stacks = [

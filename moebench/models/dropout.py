@@ -1,4 +1,4 @@
-"""Dropout in the transformer, whose draws are a function of the seed, the step and the sequence's place in the batch.
+"""Dropout in the transformer, whose draws are a function of the seed, the step and the sequence's index in the batch.
 
 Draws are made for the whole batch, and each process takes those of its own sequences: it drops what a single process
 would drop. Nothing is stored, so a resumed or repeated step draws the same.
@@ -16,12 +16,12 @@ from moebench.seeds import make_generator
 
 @dataclass(frozen=True, kw_only=True)
 class SequenceDropout:
-    """Inverted dropout at one place of a model in one forward pass: survivors are divided by 1 - rate."""
+    """Inverted dropout at one point of a model in one forward pass: survivors are divided by 1 - rate."""
 
     rate: float
     """Probability that a value becomes 0."""
     purpose: tuple[object, ...]
-    """Seed of the draws: that of the run, the step, the micro-batch and the place in the model."""
+    """Seed of the draws: that of the run, the step, the micro-batch and the point in the model."""
     span: Span | None = None
     """Sequences of the batch that are on this process; None: all."""
     num_slots: int | None = None

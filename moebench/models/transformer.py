@@ -74,12 +74,12 @@ class BatchContext:
             span=None if self.span is None else self.span.to_tokens(length),
         )
 
-    def dropout(self, rate: float, place: str) -> SequenceDropout | None:
-        """Return the dropout at one place of the model, such as "3.attention"; None where nothing is dropped."""
+    def dropout(self, rate: float, name: str) -> SequenceDropout | None:
+        """Return the dropout at one point of the model, such as "3.attention"; None where nothing is dropped."""
         if rate == 0 or not self.training:
             return None
         purpose = self._name_pass((self.seed, "dropout", self.step))
-        return SequenceDropout(rate=rate, purpose=(*purpose, place), span=self.span)
+        return SequenceDropout(rate=rate, purpose=(*purpose, name), span=self.span)
 
     def _name_pass(self, purpose: tuple[str | int, ...]) -> tuple[str | int, ...]:
         """Return the purpose of draws, extended by the micro-batch and the pass over it where there are several."""
@@ -125,15 +125,15 @@ class Block(nn.Module):
     def __init__(
         self,
         style: StreamStyle,
-        place: str,
+        dropout_name: str,
         attention: Attention | ProjectionExperts | HeadExperts,
         feed_forward: FeedForward | MoELayer,
         cross_attention: CrossAttention | None = None,
     ) -> None:
-        """`place`: name of the block among all blocks of the model, from which its dropout draws."""
+        """`dropout_name`: name of the block among all blocks of the model, from which its dropout draws."""
         super().__init__()
         self.style = style
-        self.place = place
+        self.dropout_name = dropout_name
         self.attention_norm = style.build_norm()
         self.attention = attention
         self.cross_attention_norm = None if cross_attention is None else style.build_norm()
@@ -176,11 +176,11 @@ class Block(nn.Module):
 
     def _attention_dropout(self, ctx: BatchContext, part: str) -> SequenceDropout | None:
         rate = self.style.attention_dropout
-        return ctx.dropout(rate, f"{self.place}.{part} weights") if rate else None
+        return ctx.dropout(rate, f"{self.dropout_name}.{part} weights") if rate else None
 
     def _residual_dropout(self, ctx: BatchContext, part: str) -> SequenceDropout | None:
         rate = self.style.residual_dropout
-        return ctx.dropout(rate, f"{self.place}.{part}") if rate else None
+        return ctx.dropout(rate, f"{self.dropout_name}.{part}") if rate else None
 
     def _add(
         self, x_BLD: Tensor, y_BLD: Tensor, dropout: SequenceDropout | None, positions: PositionTable | None
@@ -209,15 +209,19 @@ class Transformer(nn.Module):
     """Blocks and a final norm: x_BLD -> x_BLD and the records of its MoE layers."""
 
     def __init__(
-        self, style: StreamStyle, blocks: Sequence[nn.Module], features: Sequence[Feature] = (), place: str = "input"
+        self,
+        style: StreamStyle,
+        blocks: Sequence[nn.Module],
+        features: Sequence[Feature] = (),
+        dropout_name: str = "input",
     ) -> None:
         """`blocks`: each maps (x_BLD, ctx) to x_BLD and its records. `features`: those that routers require.
 
-        `place`: name of the input among those of the model, from which its dropout draws.
+        `dropout_name`: name of the input among those of the model, from which its dropout draws.
         """
         super().__init__()
         self.style = style
-        self.place = place
+        self.dropout_name = dropout_name
         self.recomputes_blocks = False
         """Whether the backward pass computes each block again, instead of keeping its activations."""
         self.features = tuple(features)
@@ -227,7 +231,7 @@ class Transformer(nn.Module):
     def forward(self, x_BLD: Tensor, ctx: BatchContext) -> tuple[Tensor, list[LayerRecord]]:
         """Return the normed residual stream and one record per MoE layer, from the bottom."""
         records: list[LayerRecord] = []
-        dropout = ctx.dropout(self.style.embedding_dropout, self.place)
+        dropout = ctx.dropout(self.style.embedding_dropout, self.dropout_name)
         x_BLD = x_BLD if dropout is None else dropout.drop(x_BLD)
         for block in self.blocks:
             x_BLD, block_records = self._compute(block, x_BLD, ctx)

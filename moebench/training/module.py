@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from typing_extensions import override
 
-from moebench.experts.layer import MoELayer, update_routers
+from moebench.experts.layer import update_routers
 from moebench.experts.weight_casts import WeightCasts, share_casts
 from moebench.models.transformer import BatchContext
 from moebench.parallel.gradients import clip_grad_norm
@@ -33,6 +33,7 @@ from moebench.training.optimizer.build import build_optimizer, build_schedule
 from moebench.training.optimizer.clipping import can_clip_in_update, clip_in_update
 from moebench.training.optimizer.schedule import compute_rate_factor
 from moebench.training.rewinds import NO_REWINDS, RewindRequest, Rewinds
+from moebench.training.router_states import RouterStates
 from moebench.training.spikes import Spike, SpikeGuard
 from moebench.training.step_values import PendingValues
 from moebench.training.telemetry.collapse import WINDOW_STEPS, Collapse, CollapseAlarm, LoadWindow
@@ -43,24 +44,6 @@ from moebench.training.z_loss import add_z_loss
 def can_defer_checks(config: CellConfig, mesh: Mesh, optimizer: torch.optim.Optimizer) -> bool:
     """Return whether a device would wait for the host, which need not know a step's loss before its update."""
     return mesh.device.type == "cuda" and config.train.spike_policy == "record" and can_clip_in_update(optimizer)
-
-
-class RouterStates:
-    """The buffers of the routers before the latest update of them, so that its step can be repeated exactly."""
-
-    def __init__(self, layers: Sequence[MoELayer]) -> None:
-        self._buffers = [buffer for layer in layers for buffer in layer.router.buffers()]
-        self._saved: tuple[int, list[Tensor]] | None = None
-
-    def save(self, step: int) -> None:
-        """Keep the buffers as they are before the update of `step`."""
-        self._saved = step, [buffer.clone() for buffer in self._buffers]
-
-    def restore(self, step: int) -> None:
-        """Set the buffers to what they were before the update of `step`, if that was the latest."""
-        if self._saved is not None and self._saved[0] == step:
-            for buffer, value in zip(self._buffers, self._saved[1], strict=True):
-                buffer.copy_(value)
 
 
 class CellModule(lightning.LightningModule):
@@ -212,10 +195,9 @@ class CellModule(lightning.LightningModule):
         return [] if load_X is None else [load_X.double()]
 
     def check_steps(self, *, keep: int = 0) -> None:
-        """Check the steps whose values are pending, all but the latest `keep`.
+        """Check the steps whose values are pending, all but the latest `keep`; act as `train.spike_policy` says.
 
-        Raises NonFiniteError; where checks come later than the update, the device has left it out. Raises what
-        `train.spike_policy` says.
+        Raises NonFiniteError; if the check comes after the update, the device has left the update out.
         """
         for values in self.pending_values.take(keep=keep):
             self.last_loss, self.last_grad_norm = values.task_loss, values.grad_norm

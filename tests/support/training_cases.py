@@ -149,7 +149,7 @@ class Watched(Language):
         return loss_BP
 
     def is_spoiled(self, number: int) -> bool:
-        """Return whether the batch is to be spoiled."""
+        """Return whether the batch will be spoiled."""
         return number == self.at - 1
 
     def find_number(self, batch: Batch) -> int:

@@ -75,7 +75,7 @@ def record_routers(
 def randomise_router(router: nn.Module, seed: int, name: str) -> nn.Module:
     """Return a copy of a router whose weights are normal, with the standard deviation of its own; biases are 0.
 
-    It has the input, the rule of choice and the scale of the logits of the router, and nothing that training taught it.
+    It has the input, the selection rule and the scale of the logits of the router, and nothing learned in training.
     """
     copied = copy.deepcopy(router)
     generator = make_generator("randomised router", seed, name)

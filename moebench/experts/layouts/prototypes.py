@@ -26,9 +26,9 @@ from moebench.experts.layout import (
 class Prototypes(Layout):
     """M6-T's expert prototyping, k top-1: each token has one expert in every group, y = Σ_g w_g E_g(x).
 
-    As many experts per token as top-k, without the loop over choices and without second choices that queue behind
-    other tokens' first ones: causal with a capacity. A fixed function of the token (hash, oracle, domain) differs
-    between groups, so that tokens that share an expert in one group are separated in the others.
+    It uses as many experts per token as top-k, without the loop over choices and without second choices that queue
+    behind other tokens' first ones, so it is causal with a capacity. A fixed function of the token (hash, oracle,
+    domain) differs between groups, so that tokens that share an expert in one group are separated in the others.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Prototypes(Layout):
 
         name: str = "prototypes"
         groups: int = 2
-        """Groups that num_experts is divided into: experts per token, k in the paper."""
+        """Number of groups that num_experts is divided into, and of experts per token (k in the paper)."""
 
         def __post_init__(self) -> None:
             super().__post_init__()

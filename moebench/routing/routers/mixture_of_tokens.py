@@ -110,7 +110,7 @@ class MixtureOfTokens(Router["MixtureOfTokens.Config"]):
 
     @override
     def executed_flops(self, record: LayerRecord) -> Tensor:
-        # Empty places are mixed too: a group that is not full costs as much as a full one.
+        # Missing tokens are mixed too: a group that is not full costs as much as a full one.
         routing = record.routing
         assert isinstance(routing, SoftRouting)
         num_groups, size, _ = routing.dispatch_BLS.shape

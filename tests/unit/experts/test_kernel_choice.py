@@ -14,7 +14,8 @@ from moebench.config import resolve
 from moebench.errors import UsageError
 from moebench.experts.activation import activate
 from moebench.experts.elementwise import activation_kernels
-from moebench.experts.kernels import activation, backend
+from moebench.experts.kernels import activation
+from moebench.routing.kernels import backend
 
 
 def choose(monkeypatch: pytest.MonkeyPatch, choice: str, *missing: str) -> None:
