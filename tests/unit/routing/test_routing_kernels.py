@@ -54,7 +54,7 @@ def choose_both(logits_TE: Tensor, rule: TopKRule, **options: Any) -> list[tuple
     """Return what the kernel chooses, and what torch's operators choose."""
     results = []
     with pytest.MonkeyPatch.context() as monkeypatch:
-        for switch in ("interpret", "0"):
+        for switch in ("interpret", "torch"):
             monkeypatch.setenv(backend.SWITCH, switch)
             results.append(choose_top_k(logits_TE, rule, **options))
     return results
@@ -106,7 +106,7 @@ def test_masked_experts_and_extreme_logits() -> None:
     logits_TE = draw(6, 7)
     logits_TE[0, 2:] = -torch.inf
     logits_TE[1, 1:] = -torch.inf  # the second choice is the first of those that are masked
-    logits_TE[2] = torch.tensor([0.0, -0.0, -1e-9, 1e-9, -1.0, 1.0, 1e-38])
+    logits_TE[2] = torch.tensor([-1e-9, 0.0, -0.0, 1e-9, -1.0, -2.0, 1e-38])  # all but two are equal
     logits_TE[3] = torch.tensor([1e30, -1e30, 3e38, 1e20, 2.0**23, 2.0**24, -(2.0**40)])
     logits_TE[4] *= 100
     logits_TE[5] = 2.0**-14 * torch.tensor([2.0**22, 2.0**22 + 0.5, 2.0**22 + 1.5, 2.0**23, 2.0**23 + 1, 0.0, 3.0])
@@ -214,7 +214,7 @@ def test_plans_are_those_of_torch(routing: Routing, on_gpu: bool) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         if on_gpu:
             monkeypatch.setattr(dispatch_module, "group_rows", group_rows_as_on_a_gpu)
-        for switch in ("interpret", "0"):
+        for switch in ("interpret", "torch"):
             monkeypatch.setenv(backend.SWITCH, switch)
             routing._counts.clear()
             plans.append(DispatchPlan.of(routing))
@@ -274,7 +274,7 @@ def test_routers_use_the_kernel(
         for index, tensor in enumerate([*router.parameters(), *router.buffers()]):
             tensor.copy_(draw(index + 1, *tensor.shape)[0] / 4)
     x_TD, results = draw(21, 8), []
-    for switch in ("interpret", "0"):
+    for switch in ("interpret", "torch"):
         monkeypatch.setenv(backend.SWITCH, switch)
         context = RouteContext(training=True, generator=torch.Generator().manual_seed(0), sequence_length=21)
         routing = router(x_TD, context)
