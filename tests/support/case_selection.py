@@ -7,11 +7,12 @@ minutes as routers are added. The parts are chosen here:
   all routers every pair of values occurs. Other options meet one combination each, cycling through all of them, in
   every second test: half of them in one test, the other half in another.
 - `parametrize_sizes` (cases with every number of experts): defaults at each number, other options at 8 and 1, again in
-  every second test.
+  every fourth test.
 - `parametrize_pairs` (layouts and routers): every router on the plain layout, and every layout with one router of each
   family, cycling through the family, whose routers share the code path of a layout.
 
-The selection is deterministic: the same registry gives the same tests.
+The selection is deterministic: the same registry gives the same tests. With `-m "not slow"` the rest is not collected
+at all, which would take as long as half a minute of tests.
 """
 
 import itertools
@@ -26,7 +27,16 @@ from moebench.experts.layout import LAYOUTS
 from moebench.routing.router import ROUTERS
 
 PLAIN_LAYOUT = "every_n"
+NUM_PARTS = 4
+"""A test has one part of the cases with options."""
 Test = TypeVar("Test", bound=Callable[..., Any])
+
+
+class Collection:
+    """What this test run collects."""
+
+    with_slow_cases = True
+    """Set by `tests/conftest.py` before the tests are collected."""
 
 
 def parametrize_cases(cases: Sequence[Case], **axes: Sequence[Any] | Mapping[str, Any]) -> Callable[[Test], Test]:
@@ -84,17 +94,17 @@ def parametrize_pairs(
 def _parametrize_by_case(
     names: Sequence[str], full: Mapping[tuple[str, ...], tuple[Any, ...]], kept: Iterable[Hashable]
 ) -> Callable[[Test], Test]:
-    """Parametrise a test; of the kept cases with options, keep the half that belongs to the test's name."""
+    """Parametrise a test; of the kept cases with options, keep the part that belongs to the test's name."""
     kept = set(kept)
     options = list(dict.fromkeys((case.name, str(case.options)) for case, *_ in full.values() if case.options))
     index = {option: number for number, option in enumerate(options)}
 
     def decorate(test: Test) -> Test:
-        half = zlib.crc32(test.__name__.encode()) % 2
+        part = zlib.crc32(test.__name__.encode()) % NUM_PARTS
         mine = {
             key
             for key, (case, *_) in full.items()
-            if key in kept and (not case.options or index[case.name, str(case.options)] % 2 == half)
+            if key in kept and (not case.options or index[case.name, str(case.options)] % NUM_PARTS == part)
         }
         return _parametrize(names, full, mine)(test)
 
@@ -108,5 +118,10 @@ def _parametrize(
     assert kept <= full.keys()
     marks = {key: () if key in kept else pytest.mark.slow for key in full}
     return pytest.mark.parametrize(
-        names, [pytest.param(*values, id="-".join(key), marks=marks[key]) for key, values in full.items()]
+        names,
+        [
+            pytest.param(*values, id="-".join(key), marks=marks[key])
+            for key, values in full.items()
+            if key in kept or Collection.with_slow_cases
+        ],
     )

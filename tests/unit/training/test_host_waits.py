@@ -64,15 +64,18 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"moebench.{module}.can_read_without_waiting", lambda device: False)
 
 
-ROUTERS = (
-    *("dense", "switch", "top_k", "loss_free", "expert_choice", "gshard", "soft_moe"),
-    *("dynmoe", "expert_threshold", "mixture_of_depths", "moe_plus_plus", "null_experts", "ponder_net", "top_p"),
+ONE_OF_EACH_KIND = ("top_k", "expert_choice", "soft_moe", "dynmoe", "mixture_of_depths", "ponder_net")
+OTHERS = (
+    *("dense", "switch", "loss_free", "gshard"),
+    *("expert_threshold", "moe_plus_plus", "null_experts", "top_p"),
     {"name": "expert_choice", "max_per_token": 3},
     {"name": "routing_networks", "agents": "single", "pass_through": True},
 )
 
 
-@pytest.mark.parametrize("router", ROUTERS, ids=str)
+@pytest.mark.parametrize(
+    "router", [*ONE_OF_EACH_KIND, *(pytest.param(router, marks=pytest.mark.slow) for router in OTHERS)], ids=str
+)
 def test_the_host_waits_once_in_a_step_that_is_not_logged(
     router: Any, text: Path, tmp_path: Path, waits: HostWaits, as_on_a_gpu: None
 ) -> None:
