@@ -12,7 +12,7 @@ import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
-from support.case_selection import Collection
+from support.case_selection import Collection, can_select_slow
 from support.command_line import FIXTURE_TIMEOUT_S, CommandLine, WarmCommandLine
 
 from moebench.errors import UsageError
@@ -36,8 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # Lightning 2.6 on torch 2.13, in its own code; every other warning is an error.
     config.addinivalue_line("filterwarnings", "ignore:.*LeafSpec.* is deprecated:FutureWarning")
     settings.load_profile(config.getoption("--hypothesis-profile") or "quick")
-    Collection.with_slow_cases = "not slow" not in config.getoption("-m")
-    gc.disable()  # until all tests are collected: it would walk over thousands of items again and again
+    Collection.with_slow_cases = can_select_slow(config.getoption("-m"))
     torch.set_num_threads(1)  # sums change with the number of threads in the last bit
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported (tests/unit/experts/test_triton_kernels.py)
@@ -50,12 +49,17 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(str(error)) from error
 
 
-def pytest_collection_finish() -> None:
-    # Imports and thousands of items: a full collection, which statsmodels asks for in every correction, would walk
-    # over all of them.
-    gc.enable()
-    gc.collect()
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    gc.disable()  # it would walk over thousands of items again and again
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        # Imports and thousands of items: a full collection, which statsmodels asks for in every correction, would walk
+        # over all of them.
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

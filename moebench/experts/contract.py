@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from numbers import Integral, Real
 
 from moebench.components import ExpertShape, LayoutConfig
 from moebench.experts.layout import LAYOUTS, BlockPlan, Experts
@@ -92,8 +93,8 @@ def _list_shape_problems(shape: ExpertShape, part: str) -> Iterator[str]:
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value) and value > 0
+    return isinstance(value, Real) and math.isfinite(value) and float(value) > 0
 
 
 def _is_count(value: object) -> bool:
-    return isinstance(value, int) and value >= 1
+    return isinstance(value, Integral) and int(value) >= 1

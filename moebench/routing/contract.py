@@ -1,6 +1,7 @@
 """The rules of a router that are checked where it is built and where it routes; breaking one is a one-line error."""
 
 from collections.abc import Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ def _check_properties(router: Router, experts_per_token: int) -> None:
     flops, rows = router.flops_per_token(), router.rows_per_token(experts_per_token)
     costs: dict[str, object] = {"flops_per_token": flops, "rows_per_token": rows}
     for name, cost in costs.items():
-        if not (isinstance(cost, int | float) and cost >= 0):
+        if not (isinstance(cost, Real) and float(cost) >= 0):
             raise RouterContractError(f"{label}: {name} must return a number of at least 0, got {cost!r}")
 
 

@@ -18,7 +18,8 @@ from moebench.routing.kernels.backend import uses_triton
 from moebench.routing.ranking import QUANTUM, SCORE_QUANTUM, rank_top_k
 
 SMALLEST_SUM = 1e-20
-"""Sigmoids of very low logits are all 0; their shares are the scores over this sum."""
+"""Shares are the scores over this sum at least: it is 0 for sigmoids of very low logits, and for parts of a softmax
+that round to 0, which a bias may select."""
 MAX_EXPERTS, MAX_TOP_K = 2048, 64
 """The kernel has all experts of a token in registers, and goes through them once for each choice."""
 
@@ -70,8 +71,7 @@ def choose_top_k(
         return expert_TK, logits_TE.gather(-1, expert_TK).softmax(-1), scores_TE
     weight_TK = scores_TE.gather(-1, expert_TK)
     if rule.weights == "shares":
-        total_T1 = weight_TK.sum(-1, keepdim=True)
-        weight_TK = weight_TK / (total_T1.clamp(min=SMALLEST_SUM) if rule.score == "sigmoid" else total_T1)
+        weight_TK = weight_TK / weight_TK.sum(-1, keepdim=True).clamp(min=SMALLEST_SUM)
     return expert_TK, weight_TK, scores_TE
 
 

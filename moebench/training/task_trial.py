@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ def try_task(config: CellConfig, task: Task) -> None:
     trial = _Trial(entry=entry, config=config, task=task)
     train = trial.draw_training()
     evaluated = [trial.draw_evaluation(split) for split in ("validation", "test")]
-    trial.check_labels(train)
+    for batch in evaluated:
+        trial.check_labels(batch)
     modules = trial.build_modules()
     if modules is not None:
         trial.check_loss(modules, train)
@@ -76,7 +77,7 @@ class _Trial:
             )
         with self.entry.errors_of("count_positions"):
             positions: object = self.task.count_positions(size, seed, 0)
-        if not isinstance(positions, int):
+        if not isinstance(positions, Integral):
             self.refuse([f"must return a whole number, got {positions!r}"], "count_positions")
         return part
 
@@ -85,9 +86,9 @@ class _Trial:
         method, size = f"eval_batches('{split}')", self.config.train.batch_size
         with self.entry.errors_of(method):
             batches, again = (self.task.eval_batches(split, size) for _ in range(2))
-            if not isinstance(batches, Sequence) or not len(batches):
+            if not _has_items(batches) or not len(batches):
                 self.refuse([f"must return a sequence of batches, at least one, got {_describe(batches)}"], method)
-            first, last = batches[0], batches[-1]
+            first, last = batches[0], batches[len(batches) - 1]
             for batch in (first, last):
                 self.refuse(list_batch_problems(batch, self.task, self.entry.facts, None), method)
             if not _are_equal(first, again[0]):
@@ -145,6 +146,8 @@ class _Trial:
             self.refuse(
                 [f"must return vectors of shape {list(shape)}, got {_describe(x_BLD)}"], "the module of build_embedding"
             )
+        if not x_BLD.requires_grad and torch.is_grad_enabled():
+            x_BLD = x_BLD.detach().requires_grad_()  # as after the blocks, whose parameters are trained
         with self.entry.errors_of("the module of build_head"):
             return head(x_BLD)
 
@@ -159,7 +162,7 @@ class _Trial:
             bad = int((~counted_N.isfinite()).sum())
             self.refuse([f"must be finite, got {bad} of {len(counted_N)} values that are not, before training"], "loss")
         if not loss_BP.requires_grad:
-            self.refuse(["must have a gradient for the parameters of embedding and head"], "loss")
+            self.refuse(["must have a gradient for what the head reads, or for its parameters"], "loss")
 
     @torch.no_grad()
     def check_quality(self, modules: tuple[nn.Module, nn.Module], batch: Batch) -> None:
@@ -206,7 +209,17 @@ class _Trial:
 def _are_equal(one: Batch, other: Batch) -> bool:
     """Return whether two batches have the same input, targets and domains; inputs padded to other lengths are equal."""
     pairs = [(getattr(one, name), getattr(other, name)) for name in ("domain_B", "input_BL", "target_BP")]
-    return all(torch.equal(a, b) for a, b in pairs if a.shape == b.shape)
+    return all(_has_equal_values(a, b) for a, b in pairs if a.shape == b.shape)
+
+
+def _has_equal_values(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are equal; targets that are missing, and not counted, may be NaN in both."""
+    return one.dtype == other.dtype and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+def _has_items(value: object) -> bool:
+    """Return whether a value has a length and items by index, as a sequence has, of whatever class."""
+    return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, Mapping | Tensor)
 
 
 def _describe(value: object) -> str:

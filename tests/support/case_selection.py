@@ -21,6 +21,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import pytest
+from _pytest.mark.expression import Expression
 from support.cases import Case, all_cases
 
 from moebench.experts.layout import LAYOUTS
@@ -37,6 +38,14 @@ class Collection:
 
     with_slow_cases = True
     """Set by `tests/conftest.py` before the tests are collected."""
+
+
+def can_select_slow(markers: str) -> bool:
+    """Return whether the expression of `-m` can select a test marked slow, with or without another marker."""
+    if not markers:
+        return True
+    expression = Expression.compile(markers)
+    return expression.evaluate(lambda name, /, **_: name == "slow") or expression.evaluate(lambda _, /, **__: True)
 
 
 def parametrize_cases(cases: Sequence[Case], **axes: Sequence[Any] | Mapping[str, Any]) -> Callable[[Test], Test]:

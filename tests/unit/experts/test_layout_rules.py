@@ -138,3 +138,13 @@ def test_the_unbroken_layout_is_planned(plugin: Any) -> None:
     load_plugin(plugin.write(LAYOUT))
     dense, with_experts = plan_layout(LAYOUTS.get("broken").item.Config(num_experts=4), num_layers=2)
     assert (len(dense.banks), len(with_experts.banks)) == (0, 1)
+
+
+def test_widths_may_be_integers_of_numpy(plugin: Any) -> None:
+    shapes = "shapes=tuple(ExpertShape(width=width) for width in np.arange(1, 5))"
+    text = LAYOUT.replace("shapes=config.shapes", shapes).replace(
+        "from dataclasses", "import numpy as np\nfrom dataclasses"
+    )
+    load_plugin(plugin.write(text))
+    _, with_experts = plan_layout(LAYOUTS.get("broken").item.Config(num_experts=4), num_layers=2)
+    assert [shape.width for bank in with_experts.banks for shape in bank.shapes] == [1, 2, 3, 4]

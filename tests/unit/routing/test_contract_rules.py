@@ -232,6 +232,15 @@ def test_the_unbroken_plugin_trains(plugin: Any, text: Path, tmp_path: Path) -> 
     assert Run(tiny_config(text, router="broken"), tmp_path)() is not None
 
 
+def test_costs_may_be_integers_of_numpy(plugin: Any, text: Path, tmp_path: Path) -> None:
+    cost = "    def flops_per_token(self):\n        return np.int64(8)\n\n    def forward"
+    router = ROUTER.replace("    def forward", cost).replace(
+        "import torch\nfrom", "import numpy as np\nimport torch\nfrom"
+    )
+    load_plugin(plugin.write(router, name="my_router.py"))
+    assert Run(tiny_config(text, router="broken"), tmp_path)() is not None
+
+
 def test_the_benchmark_of_routers_keeps_the_rules_too(plugin: Any) -> None:
     path = write_broken(plugin, ROUTER, *ROUTING["a tensor"][:2], "my_router.py")
     load_plugin(path)

@@ -30,6 +30,7 @@ RULES = [
     {"weights": "softmax"},
     {"score": "sigmoid"},
     {"score": "sigmoid", "weights": "shares"},
+    {"score": "sigmoid", "weights": "softmax"},
     {"score": "sigmoid", "weights": "shares", "ranks_scores": True},
     {"ranks_scores": True},
 ]

@@ -205,14 +205,14 @@ def _choose_backward(
         mean_T1 = tl.sum(grad_chosen * chosen_weight, axis=1)[:, None]
         if WEIGHTS != SHARES and WEIGHTS != SOFTMAX:
             grad += grad_chosen
-        elif SIGMOID:
+        elif WEIGHTS == SHARES and SIGMOID:
             total_T1 = tl.sum(tl.where(is_chosen, scores, 0.0), axis=1)[:, None]
             mean_T1 = tl.where(total_T1 >= TINY, mean_T1, 0.0)  # below, weights are divided by a constant
             grad += tl.where(is_chosen, (grad_chosen - mean_T1) / tl.maximum(total_T1, TINY), 0.0)
-        else:  # the share of a softmax is the softmax over the chosen experts
+        else:  # a softmax over the chosen experts, as the share of a softmax is
             through_weights = chosen_weight * (grad_chosen - mean_T1)
     if SIGMOID:
-        grad_logits = scores * (1.0 - scores) * grad
+        grad_logits = scores * (1.0 - scores) * grad + through_weights
     else:
         grad_logits = scores * (grad - tl.sum(scores * grad, axis=1)[:, None]) + through_weights
     tl.store(grad_logits_ptr + offset, grad_logits, mask=mask)
