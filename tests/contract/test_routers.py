@@ -20,14 +20,12 @@ from support.cases import (
     tabulate_assignments,
     tabulate_weights,
 )
-from support.router_checks import compute_raw_losses, learns_from_own_loss, note_in_failure
+from support.router_checks import assert_well_formed, compute_raw_losses, learns_from_own_loss, note_in_failure
 
 from moebench.config import resolve, to_plain, to_yaml
 from moebench.errors import UsageError
 from moebench.experts.layer import MoELayer
 from moebench.routing.losses import LOSSES
-from moebench.routing.mixing import MergeRouting, SoftRouting
-from moebench.routing.values import AnyRouting
 
 every_case = parametrize_sizes()
 every_case_of_8 = parametrize_cases(cases_of(8))
@@ -38,59 +36,6 @@ every_router = pytest.mark.parametrize("case", default_cases(), ids=str)
 def test_every_router_has_cases(case: Case) -> None:
     sizes = {other.num_experts for other in all_cases() if other.name == case.name}
     assert {8, 9} <= sizes, f"{case.name} is covered for E in {sizes} only"
-
-
-def assert_well_formed(routing: AnyRouting) -> None:
-    if isinstance(routing, MergeRouting):
-        assert_well_formed_merge(routing)
-        return
-    if isinstance(routing, SoftRouting):
-        assert_well_formed_soft(routing)
-        return
-    num_assignments = routing.token_N.numel()
-    assert routing.token_N.dtype == routing.expert_N.dtype == torch.int64
-    assert routing.weight_N.dtype == torch.float32
-    assert routing.expert_N.shape == routing.weight_N.shape == (num_assignments,)
-    if num_assignments:
-        assert 0 <= int(routing.token_N.min()) <= int(routing.token_N.max()) < routing.num_tokens
-        assert 0 <= int(routing.expert_N.min()) <= int(routing.expert_N.max()) < routing.num_experts
-    pair_N = routing.token_N * routing.num_experts + routing.expert_N
-    assert pair_N.unique().numel() == num_assignments, "duplicate assignment"
-    assert torch.isfinite(routing.weight_N).all()
-    assert (routing.weight_N >= 0).all()
-    for table_TE in (routing.logits_TE, routing.scores_TE):
-        if table_TE is not None:
-            assert table_TE.dtype == torch.float32
-            assert table_TE.shape == (routing.num_tokens, routing.num_experts)
-            assert torch.isfinite(table_TE).all()
-    if routing.top_k is not None:
-        rectangle_N = torch.arange(routing.num_tokens).repeat_interleave(routing.top_k)
-        assert torch.equal(routing.token_N, rectangle_N)
-    if routing.priority_N is not None:
-        assert routing.priority_N.shape == (num_assignments,)
-
-
-def assert_well_formed_soft(routing: SoftRouting) -> None:
-    for weight_BLS in (routing.dispatch_BLS, routing.combine_BLS):
-        assert weight_BLS.dtype == torch.float32
-        assert weight_BLS.shape == routing.dispatch_BLS.shape
-        assert (weight_BLS >= 0).all()
-    sums = [routing.dispatch_BLS.sum(1)]
-    if routing.combine_BLS is not routing.dispatch_BLS:  # routers that use one softmax for both, over tokens
-        sums.append(routing.combine_BLS.sum(2))
-    for summed in sums:
-        torch.testing.assert_close(summed, torch.ones_like(summed))
-    assert routing.dispatch_BLS.shape[2] == routing.num_experts * routing.slots_per_expert
-
-
-def assert_well_formed_merge(routing: MergeRouting) -> None:
-    assert routing.weight_GE.dtype == torch.float32
-    assert (routing.weight_GE >= 0).all()
-    torch.testing.assert_close(routing.weight_GE.sum(1), torch.ones(routing.weight_GE.shape[0]))
-    assert routing.weight_TE.shape == (routing.num_tokens, routing.num_experts)
-    assert routing.logits_TE is not None
-    assert routing.logits_TE.shape == (routing.num_tokens, routing.num_experts)
-    assert routing.logits_TE.dtype == torch.float32
 
 
 @every_case

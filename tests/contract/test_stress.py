@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from contract.test_routers import assert_well_formed
 from support.cases import D_MODEL, MODES, Case, Tokens, default_cases, run
-from support.router_checks import compute_raw_losses, note_in_failure
+from support.router_checks import assert_well_formed, compute_raw_losses, note_in_failure
 
 from moebench.routing.values import SoftRouting
 

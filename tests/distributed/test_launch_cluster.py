@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine, wait_until
+from support.command_line import CommandLine, WarmCommandLine, wait_until
+from support.results_folder import Results
 from support.start_methods import (
     EXPERT_2,
     TIMEOUT_S,

@@ -7,7 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine, deterministic_points, journal, send, wait_until
+from support.command_line import CommandLine, WarmCommandLine, send, wait_until
+from support.results_folder import Results, deterministic_points, journal
 from support.start_methods import EXPERT_2, SIGNALS, TIMEOUT_S, wait_for_first_steps, workers_by_rank, write_faulty
 
 from moebench.tracking.address import default_uri

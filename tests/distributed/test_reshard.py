@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine, journal, send
+from support.command_line import CommandLine, WarmCommandLine, send
+from support.results_folder import Results, journal
 from support.start_methods import EXPERT_2, SIGNALS, TIMEOUT_S, wait_for_first_steps
 
 RUN = ("run", "./tiny.yaml", "--tracker", "none", "--jobs", "1")

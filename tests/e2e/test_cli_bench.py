@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine
+from support.command_line import CommandLine, WarmCommandLine
+from support.results_folder import Results
 
 PEERS = {
     "transformers": "transformers",

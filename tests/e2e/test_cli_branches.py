@@ -4,7 +4,8 @@ import json
 from typing import Any
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine
+from support.command_line import CommandLine, WarmCommandLine
+from support.results_folder import Results
 
 BRANCHES = {"task.data.held_out_domains": [["a"], ["b"]]}
 EXPERTS: dict[str, Any] = {"router": "top_k", "init": {"from": "stage:branch", "combine": "experts"}}

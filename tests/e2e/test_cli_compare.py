@@ -5,7 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.command_line import ARMS, CommandLine, Results, WarmCommandLine, journal
+from support.command_line import CommandLine, WarmCommandLine
+from support.results_folder import Results, journal
+from support.tiny_experiment import ARMS
 
 from moebench.metrics import find_metric
 

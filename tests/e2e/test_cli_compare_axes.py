@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine, journal
+from support.command_line import CommandLine, WarmCommandLine
 from support.ladder_results import write_experiment, write_size
+from support.results_folder import Results, journal
 
 
 def test_the_table_on_all_axes_is_of_the_evaluations(finished: CommandLine, warm: WarmCommandLine) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.command_line import CommandLine, Results, WarmCommandLine
+from support.command_line import CommandLine, WarmCommandLine
+from support.results_folder import Results
 
 
 def test_the_trained_setting_gives_the_trained_result(finished: CommandLine, warm: WarmCommandLine) -> None:

@@ -2,7 +2,8 @@
 
 import math
 
-from support.command_line import CommandLine, Results, WarmCommandLine
+from support.command_line import CommandLine, WarmCommandLine
+from support.results_folder import Results
 
 DOMAINS = "task.data.held_out_domains"
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 from support.benchmark_tasks import write_tasks
-from support.command_line import CommandLine, Results, WarmCommandLine
+from support.command_line import CommandLine, WarmCommandLine
 from support.pretrained_models import write_model
+from support.results_folder import Results
 
 pytest.importorskip("lm_eval")
 TIMEOUT_S = 200

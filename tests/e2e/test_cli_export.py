@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from support.command_line import FIXTURE_TIMEOUT_S, CommandLine, WarmCommandLine, tiny
+from support.command_line import FIXTURE_TIMEOUT_S, CommandLine, WarmCommandLine
+from support.tiny_experiment import tiny
 
 import moebench
 from moebench.tasks.language import Language

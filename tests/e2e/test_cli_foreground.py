@@ -7,16 +7,8 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
-from support.command_line import (
-    CommandLine,
-    Results,
-    WarmCommandLine,
-    deterministic_points,
-    drop_measured,
-    last_step,
-    wait_for_step,
-    wait_until,
-)
+from support.command_line import CommandLine, WarmCommandLine, wait_for_step, wait_until
+from support.results_folder import Results, deterministic_points, drop_measured, last_step
 from support.terminal import run_in_terminal
 
 from moebench.runs.trivial_baselines import BELOW_TRIVIAL, RECORD_KEY

@@ -1,7 +1,8 @@
 """Domains held out of training, from the command line: `run`, what it keeps, and `compare`."""
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine, journal
+from support.command_line import CommandLine, WarmCommandLine
+from support.results_folder import Results, journal
 
 HELD_OUT = "task.data.held_out_domains=[b]"
 

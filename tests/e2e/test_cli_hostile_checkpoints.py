@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine
+from support.command_line import CommandLine, WarmCommandLine
 from support.hostile_checkpoint import ATTACKS, pickle_rest, store_object_as_weight
+from support.results_folder import Results
 
 import moebench
 from moebench import UsageError

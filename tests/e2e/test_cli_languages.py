@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from support.command_line import ROOT, CommandLine, CommandResult, Results, WarmCommandLine
+from support.command_line import ROOT, CommandLine, CommandResult, WarmCommandLine
+from support.results_folder import Results
 
 from moebench.tasks.text.sources import TextDataConfig, load_documents
 from moebench.tasks.text.splits import split_documents

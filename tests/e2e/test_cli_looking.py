@@ -6,7 +6,9 @@ import sys
 from functools import cache
 
 import pytest
-from support.command_line import ARMS, ROOT, CommandLine, Results, WarmCommandLine
+from support.command_line import ROOT, CommandLine, WarmCommandLine
+from support.results_folder import Results
+from support.tiny_experiment import ARMS
 
 from moebench.catalogue.configuration import describe_name
 

@@ -4,11 +4,11 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import pytest
-from support.command_line import ROOT, CommandLine, CommandResult, Results, WarmCommandLine, tiny
+from support.command_line import ROOT, CommandLine, WarmCommandLine
+from support.refused_commands import assert_refused, contents
+from support.tiny_experiment import tiny
 from tokenizers import Tokenizer, models
 
 FILES: dict[str, str | bytes] = {
@@ -216,21 +216,6 @@ def refused(work: CommandLine, warm: WarmCommandLine) -> Callable[..., None]:
     return check
 
 
-def contents(results: Path) -> dict[str, Any]:
-    """Return every file of the runs with the time of its last change."""
-    return {str(file): file.stat().st_mtime_ns for file in sorted((results / "runs").rglob("*"))}
-
-
-def assert_refused(ended: CommandResult, parts: list[str]) -> None:
-    assert ended.code == 2, f"exit code {ended.code}: {ended.err[-1500:]}"
-    assert ended.out == ""
-    assert ended.err.startswith("error: "), ended.err
-    assert ended.err.count("\n") == 1, ended.err
-    assert ended.err.endswith("\n")
-    for part in parts:
-        assert part in ended.err
-
-
 @pytest.mark.parametrize(("name", "parts"), FILE_MISTAKES.items(), ids=FILE_MISTAKES)
 def test_a_mistake_in_an_experiment_file(refused: Callable[..., None], name: str, parts: list[str]) -> None:
     refused(parts, "run", f"./{name}.yaml", "--tracker", "none", "train.steps=1", "task.data.path=text")
@@ -275,39 +260,6 @@ def test_a_device_that_is_not_there(refused: Callable[..., None], device: str) -
     if device == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     refused(["train.device", "cuda", "cpu"], "run", "./tiny.yaml", f"train.device={device}", "train.steps=1")
-
-
-@pytest.mark.parametrize(
-    ("command", "damage"),
-    [("run ./tiny.yaml --tracker none", damage) for damage in ("{", "[]", "{}", "\x00\x01", "")]
-    + [("compare ./tiny.yaml", "{"), ("plan ./tiny.yaml", "{")],
-)
-def test_a_damaged_result(
-    finished: CommandLine, warm: WarmCommandLine, tmp_path: Path, command: str, damage: str
-) -> None:
-    shutil.copytree(finished.folder / "results", tmp_path / "results")
-    results = Results(tmp_path / "results")
-    (results.folder("switch", 1) / "result.json").write_text(damage)
-    before = contents(results.path)
-    ended = warm(finished, *command.split(), "--results", str(results.path))
-    if command.startswith("run"):  # it fails that cell alone
-        assert (ended.code, ended.err.count("failed: ")) == (1, 1), ended.err
-        assert all(part in ended.err for part in ("result.json", "damaged", "delete it"))
-    else:
-        assert_refused(ended, ["result.json", "damaged", "delete it"])
-    assert {path: data for path, data in contents(results.path).items() if path in before} == before
-
-
-def test_a_damaged_cell_file(finished: CommandLine, warm: WarmCommandLine, tmp_path: Path) -> None:
-    shutil.copytree(finished.folder / "results", tmp_path / "results")
-    folder = Results(tmp_path / "results").folder("switch", 1)
-    (folder / "cell.json").write_text("{")
-    assert_refused(warm(finished, "probe", folder.name, "--results", str(tmp_path / "results")), ["cell.json"])
-    listed = warm(finished, "list", "runs", "--json", "--results", str(tmp_path / "results"))
-    assert (listed.code, len(listed.json)) == (0, 9)  # the others are listed as before
-    (damaged,) = [row for row in listed.json if row["state"] != "done"]
-    assert (damaged["id"], damaged["state"]) == (folder.name, "damaged")
-    assert "cell.json" in damaged["error"]
 
 
 def test_a_forbidden_tag_runs_nothing(work: CommandLine) -> None:

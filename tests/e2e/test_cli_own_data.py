@@ -11,7 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 import soundfile
 from PIL import Image
-from support.command_line import CommandLine, Results, WarmCommandLine, tiny
+from support.command_line import CommandLine, WarmCommandLine
+from support.results_folder import Results
+from support.tiny_experiment import tiny
 
 CLASSES = ("C++", "日本", "a b")
 

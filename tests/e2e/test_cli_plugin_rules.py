@@ -2,7 +2,8 @@
 
 import pytest
 from support.broken_plugins import LAYOUT, ROUTER, TASK
-from support.command_line import CommandLine, Results, WarmCommandLine
+from support.command_line import CommandLine, WarmCommandLine
+from support.results_folder import Results
 
 GRID = ("grid.router=[switch]", "baseline=switch", "seeds=[0]")
 TASK_KEYS = ("base.task={name: broken}", "model.tie_embeddings=false")

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine, deterministic_points
+from support.command_line import CommandLine, WarmCommandLine
+from support.results_folder import Results, deterministic_points
 
 PREPARE = ("prepare", "text", "--out", "tokens", "--validation", "0.3", "--test", "0.3", "--split-by", "block")
 TOKENS = ("task.data.path=tokens", "task.data.tokenizer=bpe4096")

@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine
+from support.command_line import CommandLine, WarmCommandLine
+from support.results_folder import Results
 
 
 def id_of(finished: CommandLine, arm: str) -> str:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command_line import FIXTURE_TIMEOUT_S, CommandLine, Results, WarmCommandLine
+from support.command_line import FIXTURE_TIMEOUT_S, CommandLine, WarmCommandLine
+from support.results_folder import Results
 
 TRAIN = {"keep_checkpoints": ["10%", 6]}
 """Steps 1 and 6 of 12."""

@@ -7,17 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.command_line import (
-    ARMS,
-    ROOT,
-    CommandLine,
-    Results,
-    WarmCommandLine,
-    deterministic_points,
-    drop_measured,
-    journal,
-)
+from support.command_line import ROOT, CommandLine, WarmCommandLine
+from support.results_folder import Results, deterministic_points, drop_measured, journal
 from support.terminal import run_in_terminal
+from support.tiny_experiment import ARMS
 
 from moebench.experiment.grid import expand
 

@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import soundfile
-from support.command_line import CommandLine, Results, WarmCommandLine, tiny
+from support.command_line import CommandLine, WarmCommandLine
+from support.results_folder import Results
+from support.tiny_experiment import tiny
 
 LETTERS = {"a": 400, "b": 900, "c": 1800}
 

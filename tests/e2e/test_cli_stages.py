@@ -5,7 +5,8 @@ import signal
 from typing import Any
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine, wait_until
+from support.command_line import CommandLine, WarmCommandLine, wait_until
+from support.results_folder import Results
 
 STAGES: list[dict[str, Any]] = [
     {"name": "train", "base": {"task": {"data": {"held_out_domains": ["b"]}}}},

@@ -1,7 +1,8 @@
 """`moebench run` of an experiment with tuning: both phases in one command, interrupted, resumed and shared."""
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine
+from support.command_line import CommandLine, WarmCommandLine
+from support.results_folder import Results
 
 TUNE = {"grid": {"train.learning_rate": [1e-2, 1e12]}, "seeds": [7]}
 

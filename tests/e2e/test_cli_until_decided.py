@@ -3,7 +3,8 @@
 import signal
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine, wait_until
+from support.command_line import CommandLine, WarmCommandLine, wait_until
+from support.results_folder import Results
 
 UNTIL = ("--until", "decided", "--max-seeds", "6")
 TRAIN = {"steps": 3, "eval_every": 3, "checkpoint_every": 3}

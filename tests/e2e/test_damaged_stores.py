@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine
+from support.command_line import CommandLine, WarmCommandLine
+from support.refused_commands import assert_refused, contents
+from support.results_folder import Results
 
 import moebench
 
@@ -111,3 +113,36 @@ def test_a_damaged_run_is_a_row_of_the_table(finished: CommandLine, tmp_path: Pa
     assert table.loc[run.name, "status"] == "damaged"
     assert "'metrics' is 'None'" in table.loc[run.name, "error"]
     assert (table.drop(run.name)["status"] == "done").all()
+
+
+@pytest.mark.parametrize(
+    ("command", "damage"),
+    [("run ./tiny.yaml --tracker none", damage) for damage in ("{", "[]", "{}", "\x00\x01", "")]
+    + [("compare ./tiny.yaml", "{"), ("plan ./tiny.yaml", "{")],
+)
+def test_a_damaged_result(
+    finished: CommandLine, warm: WarmCommandLine, tmp_path: Path, command: str, damage: str
+) -> None:
+    shutil.copytree(finished.folder / "results", tmp_path / "results")
+    results = Results(tmp_path / "results")
+    (results.folder("switch", 1) / "result.json").write_text(damage)
+    before = contents(results.path)
+    ended = warm(finished, *command.split(), "--results", str(results.path))
+    if command.startswith("run"):  # it fails that cell alone
+        assert (ended.code, ended.err.count("failed: ")) == (1, 1), ended.err
+        assert all(part in ended.err for part in ("result.json", "damaged", "delete it"))
+    else:
+        assert_refused(ended, ["result.json", "damaged", "delete it"])
+    assert {path: data for path, data in contents(results.path).items() if path in before} == before
+
+
+def test_a_damaged_cell_file(finished: CommandLine, warm: WarmCommandLine, tmp_path: Path) -> None:
+    shutil.copytree(finished.folder / "results", tmp_path / "results")
+    folder = Results(tmp_path / "results").folder("switch", 1)
+    (folder / "cell.json").write_text("{")
+    assert_refused(warm(finished, "probe", folder.name, "--results", str(tmp_path / "results")), ["cell.json"])
+    listed = warm(finished, "list", "runs", "--json", "--results", str(tmp_path / "results"))
+    assert (listed.code, len(listed.json)) == (0, 9)  # the others are listed as before
+    (damaged,) = [row for row in listed.json if row["state"] != "done"]
+    assert (damaged["id"], damaged["state"]) == (folder.name, "damaged")
+    assert "cell.json" in damaged["error"]

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import typer.main
-from support.command_line import CommandLine, Results, WarmCommandLine
+from support.command_line import CommandLine, WarmCommandLine
+from support.results_folder import Results
 
 from moebench import __main__ as program
 from moebench.cli import app

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.command_line import ROOT, CommandLine, Results
+from support.command_line import ROOT, CommandLine
+from support.results_folder import Results
 
 
 @pytest.fixture(scope="session")

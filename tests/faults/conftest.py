@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine
+from support.command_line import CommandLine, WarmCommandLine
 from support.interrupted_grid import train_without_interruption, write_grid
+from support.results_folder import Results
 
 
 @pytest.fixture(scope="session")

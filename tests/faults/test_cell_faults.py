@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import torch
-from support.command_line import CommandLine, Results, WarmCommandLine, journal
+from support.command_line import CommandLine, WarmCommandLine
+from support.results_folder import Results, journal
 from support.training_cases import read_checkpoint
 
 FAULTY = """

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command_line import CommandLine, Results, deterministic_points
+from support.command_line import CommandLine
 from support.fault_injection import full_name, raise_in, record_side_calls
+from support.results_folder import Results, deterministic_points
 
 import moebench
 from moebench.experiment.live_tracking import start_tracker

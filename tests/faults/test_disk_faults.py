@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine, wait_for_step
+from support.command_line import CommandLine, WarmCommandLine, wait_for_step
+from support.results_folder import Results
 
 Mount = Callable[[int], Path]
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command_line import ROOT, CommandLine, CommandResult, Results, WarmCommandLine, deterministic_points
+from support.command_line import ROOT, CommandLine, CommandResult, WarmCommandLine
+from support.results_folder import Results, deterministic_points
 
 WITHOUT_HOME = """
 import pwd

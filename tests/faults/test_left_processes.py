@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from support.command_line import CommandLine, Results
+from support.command_line import CommandLine
+from support.results_folder import Results
 
 PLUGIN = """
 import os

@@ -5,8 +5,9 @@ import signal
 import time
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine, last_step, send, wait_for_step
+from support.command_line import CommandLine, WarmCommandLine, send, wait_for_step
 from support.interrupted_grid import CHECKPOINT_EVERY, assert_equal_to
+from support.results_folder import Results, last_step
 
 HANGING = """
 import os

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine, wait_for_step
+from support.command_line import CommandLine, WarmCommandLine, wait_for_step
 from support.interrupted_grid import RESUME
+from support.results_folder import Results
 
 LOSE: dict[str, Callable[[Path], object]] = {
     "deleted": shutil.rmtree,

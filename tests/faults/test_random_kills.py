@@ -9,7 +9,8 @@ from typing import Any
 
 import psutil
 import pytest
-from support.command_line import CommandLine, Results, deterministic_points, journal
+from support.command_line import CommandLine
+from support.results_folder import Results, deterministic_points, journal
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 NUM_KILLS = 50

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine, last_step, send, wait_for_step, wait_until
+from support.command_line import CommandLine, WarmCommandLine, send, wait_for_step, wait_until
 from support.interrupted_grid import CHECKPOINT_EVERY, RESUME, assert_equal_to, assert_resumed, step_times
+from support.results_folder import Results, last_step
 
 
 def test_kill_of_the_runner(cli: CommandLine, results: Results, reference: CommandLine, warm: WarmCommandLine) -> None:

@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine, last_step, send, wait_for_step, wait_until
+from support.command_line import CommandLine, WarmCommandLine, send, wait_for_step, wait_until
 from support.interrupted_grid import (
     CHECKPOINT_EVERY,
     RESUME,
@@ -15,6 +15,7 @@ from support.interrupted_grid import (
     assert_resumed,
     step_times,
 )
+from support.results_folder import Results, last_step
 
 from moebench import interrupts
 from moebench.launch import fork_server

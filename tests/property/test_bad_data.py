@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.bad_data import CASES, BadData
+from support.bad_data import TEXT_CASES, BadData
+from support.bad_media import MEDIA_CASES
 
 from moebench.config import resolve
 from moebench.errors import UsageError
@@ -20,7 +21,7 @@ def prepare(options: dict[str, Any], cache: Path) -> None:
     task.prepare(config.task, cache)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", TEXT_CASES + MEDIA_CASES, ids=lambda case: case.name)
 def test_bad_data_is_refused_in_one_line(tmp_path: Path, case: BadData) -> None:
     folder = tmp_path / "data"
     folder.mkdir()

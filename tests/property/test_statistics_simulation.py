@@ -1,6 +1,7 @@
 """What the statistics guarantee, and what they do not (docs/statistics.md), in simulations.
 
-Intervals of means, the detectable difference, seeds that are looked at or lost; test_verdict_calibration.py has more.
+Intervals of means, the detectable difference, seeds that are looked at or lost; test_verdict_calibration.py and
+test_interval_calibration.py have more.
 """
 
 from dataclasses import replace

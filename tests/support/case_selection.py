@@ -10,6 +10,7 @@ minutes as routers are added. The parts are chosen here:
   every fourth test.
 - `parametrize_pairs` (layouts and routers): every router on the plain layout, and every layout with one router of each
   family, cycling through the family, whose routers share the code path of a layout.
+- `combine_axes` (axes of values): the combinations that the test lists.
 
 The selection is deterministic: the same registry gives the same tests. With `-m "not slow"` the rest is not collected
 at all, which would take as long as half a minute of tests.
@@ -134,3 +135,14 @@ def _parametrize(
             if key in kept or Collection.with_slow_cases
         ],
     )
+
+
+def combine_axes(*axes: Sequence[Any], quick: Sequence[tuple[Any, ...]]) -> list[Any]:
+    """Return the product of the axes as parameters, those that are not `quick` marked slow."""
+    combinations = list(itertools.product(*axes))
+    assert all(one in combinations for one in quick)
+    return [
+        pytest.param(*one, marks=() if one in quick else pytest.mark.slow)
+        for one in combinations
+        if one in quick or Collection.with_slow_cases
+    ]

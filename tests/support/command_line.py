@@ -1,8 +1,7 @@
-"""Run the command line in real processes, on a tiny experiment, and read what they leave in the results folder."""
+"""Run the command line in real processes, on a tiny experiment."""
 
 import json
 import os
-import random
 import select
 import signal
 import subprocess
@@ -16,6 +15,8 @@ from types import MappingProxyType
 from typing import Any
 
 import psutil
+from support.results_folder import Results, last_step
+from support.tiny_experiment import tiny, write_text
 
 ROOT = Path(__file__).parents[2]
 MARK = "MOEBENCH_TEST_PROCESS"
@@ -28,39 +29,6 @@ FIXTURE_TIMEOUT_S = 270.0
 """Timeout for grids that many tests read: if one is late, all of them fail."""
 BUSY_TIMEOUT_S = 150.0
 """Timeout for waiting on a busy machine."""
-ARMS = ("dense", "switch", "top_k")
-TIMING_METRICS = ("train/tokens_per_s", "train/mfu", "time/data_share", "time/train_s")
-"""Metrics of a journal that measure the machine, not the model."""
-
-
-def tiny(**changes: Any) -> dict[str, Any]:
-    """Return an experiment of 3 arms and 2 seeds that trains in seconds; `changes` replace sections or `train` keys."""
-    train = {"steps": 12, "batch_size": 2, "learning_rate": 5e-3, "warmup_steps": 4, "eval_every": 6, "log_every": 1}
-    train |= {"checkpoint_every": 4, "device": "cpu", "max_epochs": 1e9} | changes.pop("train", {})
-    base = {
-        "task": {
-            "name": "language",
-            "sequence_length": 32,
-            "eval_windows": 4,
-            "data": {"path": "text", "tokenizer": "bytes"},
-        },
-        "model": {"d_model": 16, "num_layers": 2, "num_heads": 2, "ffn_width": 128},
-        "layout": {"name": "every_n", "n": 2, "num_experts": 4},
-        "train": train,
-    }
-    base |= changes.pop("base", {})
-    grid = {"question": "Does it run?", "base": base, "grid": {"router": [*ARMS]}, "seeds": [0, 1]}
-    return grid | {"baseline": "dense"} | changes
-
-
-def write_text(folder: Path) -> None:
-    """Write two domains of six documents each, the same on every call."""
-    rng = random.Random(0)
-    vocabulary = ["".join(rng.choices("abcdefghij", k=rng.randint(2, 6))) for _ in range(200)]
-    for number in range(12):
-        file = folder / "ab"[number % 2] / f"document{number}.txt"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(" ".join(rng.choices(vocabulary, k=500)))
 
 
 @dataclass(frozen=True)
@@ -280,71 +248,6 @@ class WarmCommandLine:
             self.server.communicate()
             self.server = None
             self.has_unread_answer = False
-
-
-@dataclass(frozen=True)
-class Results:
-    """Reads a results folder without using moebench."""
-
-    path: Path
-
-    def folders(self) -> list[Path]:
-        """Return the folders of all runs."""
-        return sorted(file.parent for file in (self.path / "runs").glob("*/cell.json"))
-
-    def folder(self, arm: str, seed: int) -> Path:
-        """Return the folder of one run."""
-        cells = {folder: json.loads((folder / "cell.json").read_text()) for folder in self.folders()}
-        (folder,) = [path for path, cell in cells.items() if (cell["arm"], cell["seed"]) == (arm, seed)]
-        return folder
-
-    def result(self, arm: str, seed: int) -> dict[str, Any]:
-        """Return the result of one run; fail if it is missing or not JSON."""
-        result: dict[str, Any] = json.loads((self.folder(arm, seed) / "result.json").read_text())
-        return result
-
-    def statuses(self) -> dict[tuple[str, int], str]:
-        """Return (arm, seed) -> status of the runs that have a result."""
-        results = [json.loads(file.read_text()) for file in sorted((self.path / "runs").glob("*/result.json"))]
-        return {(result["arm"], result["seed"]): result["status"] for result in results}
-
-    def written_at(self) -> dict[str, int]:
-        """Return result file -> time of its last change, in nanoseconds."""
-        return {str(file): file.stat().st_mtime_ns for file in (self.path / "runs").glob("*/result.json")}
-
-
-def journal(folder: Path) -> list[dict[str, Any]]:
-    """Return the points of a run."""
-    return [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
-
-
-def deterministic_points(folder: Path) -> list[tuple[int, dict[str, float]]]:
-    """Return steps and metrics of a run without times and speeds: equal, bit for bit, for the same cell."""
-    points = journal(folder)
-    return [
-        (p["step"], {k: v for k, v in p["metrics"].items() if not k.startswith((*TIMING_METRICS, "system/"))})
-        for p in points
-    ]
-
-
-def drop_measured(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a result without what depends on time: throughput, digests of files with times, the state of the tree."""
-    return {key: value for key, value in result.items() if key not in ("throughput", "records", "checksum", "version")}
-
-
-def drop_throughput(comparison: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a comparison without the throughput of its arms, and without what is read from times."""
-    arms = {arm: {k: v for k, v in row.items() if k != "throughput"} for arm, row in comparison["arms"].items()}
-    return {**{k: v for k, v in comparison.items() if k != "fairness"}, "arms": arms}
-
-
-def last_step(folder: Path) -> int:
-    """Return the last step in the journal of a run, 0 if there is none."""
-    try:
-        lines = (folder / "journal.jsonl").read_text().splitlines()
-        return int(json.loads(lines[-1])["step"]) if lines else 0
-    except (OSError, ValueError):
-        return 0
 
 
 def wait_until(condition: Callable[[], bool], failure: str, within_s: float = BUSY_TIMEOUT_S) -> None:

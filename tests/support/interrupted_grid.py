@@ -4,16 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from support.command_line import (
-    FIXTURE_TIMEOUT_S,
-    CommandLine,
-    Results,
-    WarmCommandLine,
-    deterministic_points,
-    drop_measured,
-    drop_throughput,
-    journal,
-)
+from support.command_line import FIXTURE_TIMEOUT_S, CommandLine, WarmCommandLine
+from support.results_folder import Results, deterministic_points, drop_measured, drop_throughput, journal
 
 STEPS, CHECKPOINT_EVERY = 90, 15
 ARMS, SEEDS = ["dense", "switch"], [0, 1]

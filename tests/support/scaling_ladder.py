@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from support.command_line import tiny, write_text
 from support.run_folders import write_cell, write_result
+from support.tiny_experiment import tiny, write_text
 
 from moebench.analysis.scaling.law import BilinearLaw
 from moebench.experiment.grid import Experiment, expand

@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from support.command_line import CommandLine, Results, last_step, wait_until
+from support.command_line import CommandLine, wait_until
+from support.results_folder import Results, last_step
 
 EXPERT_2 = ("parallel.expert=2",)
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")

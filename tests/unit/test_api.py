@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.command_line import CommandLine, Results, WarmCommandLine, send, wait_for_step
+from support.command_line import CommandLine, WarmCommandLine, send, wait_for_step
+from support.results_folder import Results
 
 import moebench
 from moebench import UsageError

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from support.benchmark_tasks import ITEMS, NAMES, write_tasks
-from support.command_line import CommandLine, Results
+from support.command_line import CommandLine
+from support.results_folder import Results
 
 from moebench.analysis.benchmarks.comparison import VerdictObstacle, compare_task
 from moebench.analysis.benchmarks.experiment import evaluate_experiment
@@ -114,9 +115,8 @@ def test_metrics_by_item_are_those_of_the_logits(results: Path, tmp_path: Path) 
     stored = [json.loads(line) for line in Path(evaluated["continuations"].file).read_text().splitlines()]
     assert [line["response"] for line in stored if "response" in line] == [[text] for text in texts]
     # Chance, and the answer that is right most often: 2 in three of six.
-    assert compute_trivial_accuracy(evaluated["animals"].items) == pytest.approx(
-        {"chance": 1 / 3, "constant answer": 0.5}
-    )
+    trivial = {"chance": 1 / 3, "constant answer": 0.5}
+    assert compute_trivial_accuracy(evaluated["animals"].items) == pytest.approx(trivial)
     # The model reads 32 bytes: separator, question and " Answer:" are longer, but for "Which one hoots?".
     assert [item.is_truncated for item in evaluated["animals"].items] == [True, True, True, False, True, True]
     assert evaluated["sentences"].num_truncated == 0

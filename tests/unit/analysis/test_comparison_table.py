@@ -2,89 +2,25 @@
 
 import json
 from dataclasses import replace
-from io import StringIO
 
 import pytest
-from rich.console import Console
+from support.compared_grid import grid, render
+from support.comparison_runs import list_cells
 
 from moebench.analysis.compare.budget import build_budget_table
 from moebench.analysis.compare.comparison import compare
 from moebench.analysis.compare.report import build_report
 from moebench.analysis.compare.values import BITS_PER_BYTE
 from moebench.reporting.table_files import format_csv
-from moebench.runs.result import Fault, RunResult
-
-DENSE = (2.00, 2.02, 1.98, 2.01, 1.99)
-JITTER = (0.001, -0.001, 0.002, -0.002, 0.0)
-LOAD = {
-    "max_violation": 0.8,
-    "cv": 0.4,
-    "entropy": 0.97,
-    "dead_experts": 0.5,
-    "drop_rate": 0.012,
-    "train_drop_rate": 0.02,
-    "unserved": 0.0,
-}
-
-
-def run(arm: str, seed: int, value: float) -> RunResult:
-    load = {} if arm == "dense" else {f"load/{name}": amount for name, amount in LOAD.items()}
-    return RunResult(
-        id=f"{arm[:3]}{seed}",
-        arm=arm,
-        seed=seed,
-        status="done",
-        error=None,
-        step=600,
-        metrics={"bits_per_byte": value, **load},
-        cost={
-            "active_params": 1.234e6,
-            "total_params": 4.567e6 if load else 1.234e6,
-            "flops_per_token": 2.469e6,
-            "train_flops_per_token": 2.45e6 if load else 2.469e6,
-            "eval_flops_per_token": 2.469e6,
-            "experts_per_token": 1.0 if load else 0.0,
-            "train_experts_per_token": 0.98 if load else 0.0,
-            "eval_experts_per_token": 1.0 if load else 0.0,
-            "train_tokens": 4.9e6,
-        },
-        throughput={"tokens_per_s": 14_000.0 if load else 20_000.0},
-        data_digest="data",
-        eval_digest="eval",
-        marks=("non-causal",) if arm == "expert_choice" else (),
-        config={},
-    )
-
-
-def grid(num_seeds=5):
-    return [
-        run(arm, seed, DENSE[seed] + offset + (JITTER[seed] if offset else 0))
-        for seed in range(num_seeds)
-        for arm, offset in {
-            "dense": 0,
-            "switch": -0.01,
-            "sigmoid_bias_free": 0.0005,
-            "expert_choice": -0.02,
-        }.items()
-    ]
-
-
-def cells(results):
-    return [(result.arm, result.seed, result.id) for result in results]
+from moebench.runs.result import Fault
 
 
 def half_finished():
     """Fifteen cells done, one failed, two missing."""
     results = [result for result in grid() if result.arm != "expert_choice"]
-    expected = cells(results)
+    expected = list_cells(results)
     failed = replace(results[4], status="failed", error="loss is nan at step 212", fault=Fault.DIVERGED, metrics={})
     return compare([*results[:4], failed, *results[5:-1]], expected=expected, baseline="dense")
-
-
-def render(comparison, width):
-    out = StringIO()
-    Console(file=out, width=width, color_system=None).print(build_report(comparison).to_rich())
-    return out.getvalue()
 
 
 GOLDEN = """\
@@ -197,14 +133,14 @@ def test_mfu_has_a_column_where_a_run_knows_it():
     results = [
         replace(r, throughput=r.throughput | ({"mfu": known[r.seed]} if r.arm == "switch" else {})) for r in grid(3)
     ]
-    comparison = compare(results, expected=cells(results), baseline="dense", allow_mismatch=True)
+    comparison = compare(results, expected=list_cells(results), baseline="dense", allow_mismatch=True)
     text = build_report(comparison).to_markdown()
     assert "| arm | tokens/s | of baseline | MFU | active | total |" in text
     assert "| switch | 14.0k | 70 % | 40.0 % |" in text
     assert "| dense | 20.0k | 100 % | – |" in text
     assert text.count("MFU: model FLOPs utilization") == 1
     assert comparison.to_dict()["arms"]["switch"]["throughput"]["mfu"] == pytest.approx(0.4)
-    assert "MFU" not in build_report(compare(grid(3), expected=cells(grid(3)), baseline="dense")).to_markdown()
+    assert "MFU" not in build_report(compare(grid(3), expected=list_cells(grid(3)), baseline="dense")).to_markdown()
 
 
 def test_information_of_experts_has_a_table():
@@ -213,7 +149,7 @@ def test_information_of_experts_has_a_table():
         replace(r, metrics=r.metrics | {f"load/information/{kind}": x for kind, x in known.get(r.arm, {}).items()})
         for r in grid()
     ]
-    comparison = compare(results, expected=cells(results), baseline="dense", allow_mismatch=True)
+    comparison = compare(results, expected=list_cells(results), baseline="dense", allow_mismatch=True)
     lines = build_report(comparison).to_markdown().splitlines()
     at = lines.index("**Information of experts about tokens**")
     assert lines[at + 2 : at + 7] == [
@@ -230,7 +166,7 @@ def test_information_of_experts_has_a_table():
 @pytest.mark.parametrize("width", [80, 100])
 def test_every_number_is_complete_at_this_width(width):
     results = grid()
-    text = render(compare(results, expected=cells(results), baseline="dense"), width)
+    text = render(compare(results, expected=list_cells(results), baseline="dense"), width)
     assert max(len(line) for line in text.splitlines()) <= width
     for figure in (
         "1.9900 ± 0.0181",
@@ -248,7 +184,7 @@ def test_every_number_is_complete_at_this_width(width):
 
 def test_legend_explains_marks_power_and_correction():
     results = grid()
-    text = build_report(compare(results, expected=cells(results), baseline="dense")).to_markdown()
+    text = build_report(compare(results, expected=list_cells(results), baseline="dense")).to_markdown()
     assert "corrected for 3 comparisons" in text
     assert "low power: 3 to 5 seeds" in text
     assert "non-causal: its routing sees later tokens" in text
@@ -257,7 +193,7 @@ def test_legend_explains_marks_power_and_correction():
 
 def test_one_seed_shows_no_p_no_interval_no_best():
     results = grid(num_seeds=1)
-    text = build_report(compare(results, expected=cells(results), baseline="dense")).to_markdown()
+    text = build_report(compare(results, expected=list_cells(results), baseline="dense")).to_markdown()
     assert "| switch | 1 | 1.9910 | −0.0090 | – | too few seeds |" in text
     assert "best" not in text
     assert "±" not in text
@@ -266,7 +202,9 @@ def test_one_seed_shows_no_p_no_interval_no_best():
 
 def test_mismatch_is_marked_and_explained():
     results = [replace(r, data_digest="other") if r.arm == "switch" else r for r in grid()]
-    text = build_report(compare(results, expected=cells(results), baseline="dense", allow_mismatch=True)).to_markdown()
+    text = build_report(
+        compare(results, expected=list_cells(results), baseline="dense", allow_mismatch=True)
+    ).to_markdown()
     assert "| switch (≠data) | 5 |" in text
     assert "| not matched |" in text
     assert "- ≠data: trained on other data." in text
@@ -275,7 +213,7 @@ def test_mismatch_is_marked_and_explained():
 
 def test_names_with_markup_characters_are_kept():
     results = [replace(r, arm="top[bold]|k") if r.arm == "switch" else r for r in grid()]
-    comparison = compare(results, expected=cells(results), baseline="dense")
+    comparison = compare(results, expected=list_cells(results), baseline="dense")
     assert "top[bold]|k" in render(comparison, 100)
     assert "| top[bold]\\|k |" in build_report(comparison).to_markdown()
 
@@ -283,46 +221,6 @@ def test_names_with_markup_characters_are_kept():
 def test_json_is_the_comparison():
     comparison = half_finished()
     assert json.loads(build_report(comparison).to_json()) == comparison.to_dict()
-
-
-def test_out_of_domain_does_not_change_verdicts():
-    plain = grid(3)
-    results = [
-        replace(r, metrics={**r.metrics, **{f"bits_per_byte/{name}": v for name in ("b", "out_of_domain")}})
-        for r, v in zip(plain, [3.0 + r.seed + (r.arm == "switch") * (r.seed + 1) / 2 for r in plain], strict=True)
-    ]
-    comparison, without = (compare(r, expected=cells(plain), baseline="dense") for r in (results, plain))
-    assert comparison.differences == without.differences
-    arms = json.loads(build_report(comparison).to_json())["arms"]
-    low, high = arms["switch"]["out_of_domain"].pop("interval")
-    assert low < 5 < high
-    # Half of a 95 % t interval of 3 seeds is 4.3027 / sqrt(3) = 2.4841 times their SD: 1, 1.5 and of the pairs 0.5.
-    interval = [pytest.approx(1 - 1.2421, abs=1e-4), pytest.approx(1 + 1.2421, abs=1e-4)]
-    assert arms["switch"]["out_of_domain"] == {
-        "mean": 5.0,
-        "seeds": {"0": 3.5, "1": 5.0, "2": 6.5},
-        "difference": {"mean": 1.0, "interval": interval},
-    }
-    assert arms["dense"]["out_of_domain"]["difference"] is None
-    assert arms["switch"]["domains"] == {"b": 5.0}
-    assert json.loads(build_report(without).to_json())["arms"]["switch"]["out_of_domain"] is None
-    table = build_report(comparison).to_markdown()
-    assert "| dense | 3 | 4.0000 ± 2.4841 | – | +2.0000 |" in table
-    assert "| switch | 3 | 5.0000 ± 3.7262 | +1.0000 ± 1.2421 | +3.0093 |" in table  # in domain 2 and 1.9907
-    assert "held_out_domains" in table
-    assert "ut of domain" not in build_report(without).to_markdown()
-    assert all(len(line) <= 80 for line in render(comparison, 80).splitlines())
-
-
-def test_out_of_domain_over_common_seeds_only():
-    results = [
-        replace(r, metrics={**r.metrics, "bits_per_byte/out_of_domain": 3.0 + r.seed + (r.arm == "switch")})
-        for r in grid(2)
-        if (r.arm, r.seed) not in (("dense", 1), ("switch", 0))
-    ]
-    comparison = compare(results, expected=cells(grid(2)), baseline="dense")
-    assert "| switch | 1 | 5.0000 | – |" in build_report(comparison).to_markdown()
-    assert json.loads(build_report(comparison).to_json())["arms"]["switch"]["out_of_domain"]["difference"] is None
 
 
 def test_a_diverged_arm_is_never_better():
@@ -333,7 +231,7 @@ def test_a_diverged_arm_is_never_better():
     ):
         failure = {"status": "failed", "error": "loss is nan", "fault": Fault.DIVERGED, "metrics": {}}
         ended = [replace(r, **failure) if (r.arm, r.seed % 3) == (lost, 1) else r for r in results]
-        comparison = compare(ended, expected=cells(results), baseline="dense")
+        comparison = compare(ended, expected=list_cells(results), baseline="dense")
         for text in (build_report(comparison).to_markdown(), render(comparison, 120)):
             assert not any("better" in line for line in text.splitlines() if line.startswith(("|", "switch", "dense")))
             assert "diverged: the loss, a gradient or the final metric was not finite, or a spike" in text
@@ -346,24 +244,16 @@ def test_the_title_names_the_split():
     results = [replace(r, validation={"bits_per_byte": 3.0 + 0.1 * r.seed}) for r in grid()]
     for split in ("test", "validation"):
         metric = replace(BITS_PER_BYTE, split=split)
-        text = build_report(compare(results, expected=cells(results), baseline="dense", metric=metric)).to_markdown()
+        text = build_report(
+            compare(results, expected=list_cells(results), baseline="dense", metric=metric)
+        ).to_markdown()
         assert text.startswith(f"**Quality: bits per byte on the {split} split, lower is better**")
-
-
-def test_out_of_domain_and_in_domain_are_of_the_same_seeds():
-    results = [
-        replace(r, metrics={**r.metrics, "bits_per_byte/out_of_domain": 3.0 if r.seed < 2 else float("nan")})
-        for r in grid(3)
-    ]
-    text = build_report(compare(results, expected=cells(results), baseline="dense")).to_markdown()
-    # dense in domain: 2.00, 2.02 and 1.98, of which the last has no number outside; 3 - 2.01 and not 3 - 2.00
-    assert "| dense | 2 | 3.0000 | – | +0.9900 |" in text
 
 
 def test_the_file_of_budgets_has_fractions_with_all_digits():
     cost = {"target_flops_per_token": 3e6, "train_flops_per_token": 3.1e6, "train_last_flops_per_token": 2.9e6}
     results = [replace(r, cost={**r.cost, **cost, "eval_flops_per_token": 3e6, "budget_value": 1 / 3}) for r in grid(2)]
-    table = build_budget_table(compare(results, expected=cells(results), baseline="dense", allow_mismatch=True))
+    table = build_budget_table(compare(results, expected=list_cells(results), baseline="dense", allow_mismatch=True))
     assert table.rows[0][1:] == ("3.00M", "+3.33 %", "−3.33 %", "+0.00 %", "0.3333", "no")
     row = format_csv(table).splitlines()[1]
     assert [float(value) for value in row.split(",")[1:-1]] == [3e6, 3.1e6 / 3e6 - 1, 2.9e6 / 3e6 - 1, 0.0, 1 / 3]

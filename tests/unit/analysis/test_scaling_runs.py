@@ -5,8 +5,9 @@ import re
 from dataclasses import replace
 
 import pytest
-from support.command_line import ROOT, write_text
+from support.command_line import ROOT
 from support.scaling_ladder import FEW, LAW, expand_ladder, write_runs
+from support.tiny_experiment import write_text
 
 from moebench.analysis.scaling.report import build_report, fit_laws
 from moebench.analysis.scaling.runs import collect_runs

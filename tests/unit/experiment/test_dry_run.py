@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from support.command_line import CommandLine, Results, WarmCommandLine
+from support.command_line import CommandLine, WarmCommandLine
+from support.results_folder import Results
 
 from moebench.experiment.grid import expand
 from moebench.experiment.store import split_unfinished

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.command_line import tiny, write_text
+from support.tiny_experiment import tiny, write_text
 from support.training_cases import tiny_config
 from support.training_cases import write_text as write_text_file
 from torch import nn

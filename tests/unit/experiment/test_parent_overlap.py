@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import yaml
-from support.command_line import tiny, write_text
 from support.parent_runs import PARENT, train_parent
 from support.run_folders import write_cell, write_result
+from support.tiny_experiment import tiny, write_text
 
 from moebench.analysis.exported_run import ExportOptions, export_run
 from moebench.analysis.trained_run import TrainedRun

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support.command_line import tiny, write_text
+from support.tiny_experiment import tiny, write_text
 
 from moebench.cli.run_summary import describe_failure
 from moebench.errors import UsageError

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 from filelock import FileLock
-from support.command_line import FIXTURE_TIMEOUT_S, CommandLine, Results, WarmCommandLine, journal
+from support.command_line import FIXTURE_TIMEOUT_S, CommandLine, WarmCommandLine
 from support.hostile_checkpoint import ATTACKS
+from support.results_folder import Results, journal
 from support.run_folders import write_cell
 
 from moebench.experiment.machine_check import check_versions

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.command_line import tiny, write_text
+from support.tiny_experiment import tiny, write_text
 
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment, expand

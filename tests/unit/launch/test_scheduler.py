@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command_line import tiny, write_text
 from support.scripted_workers import (
     DIVERGED,
     DONE,
@@ -18,6 +17,7 @@ from support.scripted_workers import (
     RecordingDisplay,
     ScriptedLauncher,
 )
+from support.tiny_experiment import tiny, write_text
 
 import moebench
 from moebench.experiment.grid import Experiment

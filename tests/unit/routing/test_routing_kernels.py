@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.case_selection import combine_axes
 from support.routing_strategies import crowded_routings, rectangles, routings
 from torch import Tensor
 
@@ -36,6 +37,17 @@ RULES = [
 ]
 SHAPES = [(1, 1, 1), (5, 1, 1), (33, 3, 2), (130, 6, 6), (7, 64, 8), (3, 130, 5)]
 """Tokens, experts and experts per token: none fills a tile, and the fourth needs two."""
+QUICK_PAIRS = [(rule, SHAPES[2]) for rule in RULES]
+QUICK_PAIRS += [(RULES[rule], SHAPES[shape]) for rule, shape in ((0, 0), (4, 1), (1, 3), (2, 4), (5, 5))]
+"""Each rule and each shape."""
+QUICK_USES = [(rule, "both") for rule in RULES] + [(RULES[4], "weights"), (RULES[4], "scores")]
+SORT_AXES = (["random", "hot", "idle"], [1, 3, 64, 257], [0, 1, 127, 128, 129, 515])
+QUICK_SORTS: list[tuple[Any, ...]] = [
+    *[("random", 64, 0), ("random", 3, 127), ("random", 1, 128), ("random", 64, 129), ("random", 257, 515)],
+    *[("hot", 3, 1), ("hot", 257, 129), ("hot", 64, 515)],
+    *[("idle", 257, 0), ("idle", 1, 127), ("idle", 64, 129), ("idle", 3, 515)],
+]
+"""Each number of keys and each length, with and without a hot expert and with experts that get nothing."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -69,8 +81,7 @@ def assert_same_choice(logits_TE: Tensor, rule: TopKRule, **options: Any) -> tup
     return ours
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("options", RULES, ids=str)
+@pytest.mark.parametrize(("options", "shape"), combine_axes(RULES, SHAPES, quick=QUICK_PAIRS), ids=str)
 def test_the_kernel_chooses_what_torch_chooses(options: dict[str, Any], shape: tuple[int, int, int]) -> None:
     num_tokens, num_experts, top_k = shape
     rule, logits_TE = TopKRule(top_k=top_k, **options), 2 * draw(num_tokens, num_experts)
@@ -126,8 +137,9 @@ def test_masked_experts_and_extreme_logits() -> None:
     assert (expert_TK[:, 0] != expert_TK[:, 1]).all()
 
 
-@pytest.mark.parametrize("uses", ["weights", "scores", "both"])
-@pytest.mark.parametrize("options", RULES, ids=str)
+@pytest.mark.parametrize(
+    ("options", "uses"), combine_axes(RULES, ["weights", "scores", "both"], quick=QUICK_USES), ids=str
+)
 def test_gradients_are_those_of_torch_in_fp64(options: dict[str, Any], uses: str) -> None:
     for num_tokens, num_experts, top_k in [(1, 1, 1), (9, 5, 5), (35, 6, 2), (3, 130, 4)]:
         rule, bias_E = TopKRule(top_k=top_k, **options), 0.1 * draw(num_experts)
@@ -172,9 +184,7 @@ def test_other_precisions_stay_with_the_operators(dtype: torch.dtype) -> None:
     assert ours[1].dtype == ours[2].dtype == dtype
 
 
-@pytest.mark.parametrize("num", [0, 1, 127, 128, 129, 515])
-@pytest.mark.parametrize("num_keys", [1, 3, 64, 257])
-@pytest.mark.parametrize("load", ["random", "hot", "idle"])
+@pytest.mark.parametrize(("load", "num_keys", "num"), combine_axes(*SORT_AXES, quick=QUICK_SORTS))
 def test_the_counting_sort_is_a_stable_sort(load: str, num_keys: int, num: int) -> None:
     generator = torch.Generator().manual_seed(num)
     key_N = torch.randint(num_keys, (num,), generator=generator)

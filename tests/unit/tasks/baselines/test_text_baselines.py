@@ -1,47 +1,31 @@
-"""Baselines of the tasks on text equal a slow count over dictionaries, for bytes and for subwords, and file sizes."""
+"""Baselines of language equal a slow count over dictionaries, for bytes and for subwords, and file sizes."""
 
 import bz2
 import gzip
 import json
 import lzma
 import math
-from collections import Counter, defaultdict
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from support.prepared_text import prepare_folder
-from support.training_cases import tiny_config
+from support.slow_ngrams import Symbols, by_name, count, make_task, predict, write_domains
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from moebench.errors import UsageError
 from moebench.tasks.baselines import stored_text
-from moebench.tasks.baselines.baseline import TrivialBaseline
-from moebench.tasks.baselines.span_corruption import compute_sentinel_nats, restore_text
 from moebench.tasks.language import TextTask
 from moebench.tasks.text.embedded_tokenizer import BPE
 from moebench.tasks.text.sources import load_documents
 from moebench.tasks.text.splits import split_documents
-from moebench.training.model import prepare_task
 
 SEPARATOR = 256
-Symbols = Sequence[int]
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three domains of twelve documents of words drawn from a few, some with letters of two bytes."""
-    draw = np.random.default_rng(0)
-    words = ["the ", "then ", "tree ", "né ", "ann ", "\n"]
-    rows = [
-        {"text": "".join(draw.choice(words, 60)) + f"{name}{i}", "domain": name} for i in range(12) for name in "abc"
-    ]
-    file = tmp_path_factory.mktemp("text") / "text.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    return file
+    return write_domains(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
@@ -57,37 +41,6 @@ def subwords(text: Path) -> Tokenizer:
     tokenizer.train_from_iterator([json.loads(line)["text"] for line in text.read_text().splitlines()], trainer)
     tokenizer.save(str(text.parent / "tokenizer.json"))
     return tokenizer
-
-
-def make_task(text: Path, folder: Path, name: str, **options: Any) -> TextTask:
-    data = {"tokenizer": "bytes", **options.pop("data", {})}
-    config = tiny_config(text, task={"name": name, "sequence_length": 24, "eval_windows": 3, **options, "data": data})
-    task = prepare_task(config, folder)
-    assert isinstance(task, TextTask)
-    return task
-
-
-def count(texts: Sequence[Symbols], order: int) -> dict[tuple[int, ...], Counter[int]]:
-    """Return the context of `order - 1` symbols -> counts of the next symbol."""
-    counts: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
-    for symbols in texts:
-        for end in range(order - 1, len(symbols)):
-            counts[tuple(symbols[end - order + 1 : end])][symbols[end]] += 1
-    return counts
-
-
-def predict(tables: Sequence[dict[tuple[int, ...], Counter[int]]], before: Symbols, symbol: int, size: int) -> float:
-    """Return the interpolated probability of a symbol after the given ones; `tables`: orders 1, 2, ..."""
-    p = 1 / size
-    for order, table in enumerate(tables, 1):
-        seen = table.get(tuple(before[len(before) - order + 1 :]) if order > 1 else ())
-        if order - 1 <= len(before) and seen:
-            p = (seen[symbol] + len(seen) * p) / (seen.total() + len(seen))
-    return p
-
-
-def by_name(baselines: Sequence[TrivialBaseline]) -> dict[str, TrivialBaseline]:
-    return {baseline.name: baseline for baseline in baselines}
 
 
 @pytest.mark.parametrize("split", ["test", "validation"])
@@ -236,81 +189,3 @@ def test_a_long_training_split_is_sampled_evenly(text: Path, tmp_path: Path, mon
     ]
     everything = np.concatenate(stored_text.read_training_tokens(task, 10**9))
     assert (everything == task.text.train.tokens_N).all()
-
-
-def test_masked_tokens_are_predicted_from_visible_ones(text: Path, tmp_path: Path) -> None:
-    task: Any = make_task(text, tmp_path, "masked_language", rate=0.3)
-    train = task.text.train.tokens_N.tolist()
-    left = [count([train], order) for order in (1, 2, 3)]
-    around = [count([train], 1), count([train], 2), defaultdict(Counter)]
-    for before, token, after in zip(train, train[1:], train[2:], strict=False):
-        around[2][before, after][token] += 1
-    nats, weight = {"order-3 n-gram": 0.0, "order-3 two-sided n-gram": 0.0}, 0
-    for batch in task.eval_batches("test", 4):
-        for row in range(len(batch.domain_B)):
-            shown, target = batch.input_BL[row].tolist(), batch.target_BP[row].tolist()
-            for position in range(len(shown)):
-                if not batch.count_BP[row, position]:
-                    continue
-                weight += int(batch.weight_BP[row, position])
-                before: list[int] = []
-                while len(before) < position and len(before) < 2 and shown[position - len(before) - 1] != task.mask_id:
-                    before.insert(0, shown[position - len(before) - 1])
-                p = {"order-3 n-gram": predict(left, before, target[position], 257)}
-                tables = around[: 1 + len(before[:1])]
-                value = predict(tables, before, target[position], 257)
-                if before and position + 1 < len(shown) and shown[position + 1] != task.mask_id:
-                    seen = around[2].get((before[-1], shown[position + 1]))
-                    if seen:
-                        value = (seen[target[position]] + len(seen) * value) / (seen.total() + len(seen))
-                p["order-3 two-sided n-gram"] = value
-                for name, probability in p.items():
-                    if shown[position] != task.mask_id:
-                        probability = 0.5 * (shown[position] == target[position]) + 0.5 * probability
-                    nats[name] -= math.log(probability)
-    baselines = by_name(task.compute_baselines("test"))
-    for name, total in nats.items():
-        value = baselines[name].values["masked_bits_per_byte"]
-        assert value == pytest.approx(total / math.log(2) / weight, rel=1e-9)
-    assert baselines["order-3 two-sided n-gram"].is_reference
-
-
-def test_removed_spans_are_predicted_from_the_text_before(text: Path, tmp_path: Path) -> None:
-    task: Any = make_task(text, tmp_path, "span_corruption", noise_density=0.25, mean_span=2.0)
-    train = task.text.train.tokens_N.tolist()
-    tables = [count([train], order) for order in (1, 2, 3)]
-    num_noise, num_spans = task.config.num_noise, task.config.num_spans
-    assert (num_noise, num_spans) == (6, 3)
-    nats, weight = 0.0, 0
-    for batch in task.eval_batches("test", 4):
-        weight += int(batch.weight_BP.sum())
-        for encoder, target in zip(batch.input_BL.tolist(), batch.target_BP.tolist(), strict=True):
-            window: list[int] = []
-            for token in encoder:
-                if token < task.first_sentinel:
-                    window.append(token)
-                    continue
-                at = target.index(token) + 1
-                while target[at] < task.first_sentinel:
-                    nats -= math.log(predict(tables, window, target[at], 257))
-                    window.append(target[at])
-                    at += 1
-            # 6 tokens fall into 3 non-empty spans in C(5, 2) = 10 equally likely ways
-            nats += math.log(10)
-    values = by_name(task.compute_baselines("test"))["order-3 n-gram"].values
-    assert values["span_bits_per_byte"] == pytest.approx(nats / math.log(2) / weight, rel=1e-9)
-
-
-def test_the_text_of_a_window_is_restored(text: Path, tmp_path: Path) -> None:
-    task: Any = make_task(text, tmp_path, "span_corruption")
-    language = make_task(text, tmp_path, "language")
-    for corrupted, plain in zip(task.eval_batches("test", 4), language.eval_batches("test", 4), strict=True):
-        token_BL, is_removed_BL = restore_text(corrupted, task.first_sentinel, task.start_id)
-        assert torch.equal(torch.from_numpy(token_BL), plain.target_BP)
-        assert (is_removed_BL.sum(1) == task.config.num_noise).all()
-
-
-def test_every_division_into_spans_costs_the_same() -> None:
-    # 4 removed tokens in 2 spans: x t y t t t z, x t t y t t z, x t t t y t z; each 1/3
-    patterns = np.array([list("x.x...x"), list("x..x..x"), list("x...x.x")]) == "x"
-    assert compute_sentinel_nats(patterns) == pytest.approx(np.full(3, math.log(3)))

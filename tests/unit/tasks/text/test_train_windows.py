@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.command_line import write_text
+from support.tiny_experiment import write_text
 
 from moebench.config import cell_id, resolve
 from moebench.errors import UsageError
