@@ -38,7 +38,8 @@ def describe_error(error: BaseException) -> str:
     """Return an exception in one line, with the line of the plugin file that it comes from."""
     location = find_plugin_line(error)
     line = error.lineno if isinstance(error, SyntaxError) else location and location[1]
-    return f"{type(error).__name__}: {' '.join(str(error).split())}" + (f" (line {line})" if line else "")
+    text = error.msg if isinstance(error, SyntaxError) else str(error)  # that of a SyntaxError repeats file and line
+    return f"{type(error).__name__}: {' '.join(text.split())}" + (f" (line {line})" if line else "")
 
 
 def describe_plugin_error(error: BaseException) -> str:

@@ -82,6 +82,10 @@ def check_router_class(router_class: type[Router], config: RouterConfig, num_exp
         )
     if router_class.losses is not Router.losses and not ROUTERS.get(config.name).facts.own_losses:
         raise RouterContractError(f"{label_router(config.name)}: Facts.own_losses must name what losses() returns")
+    if router_class.losses is Router.losses and ROUTERS.get(config.name).facts.own_losses:
+        raise RouterContractError(
+            f"{label_router(config.name)}: its class must define losses(record), which Facts.own_losses announces"
+        )
     if not all(isinstance(coefficient, int | float) for coefficient in config.losses.values()):
         raise RouterContractError(
             f"{label_router(config.name)}: Config.losses: coefficients must be numbers, got {config.losses}"

@@ -19,7 +19,7 @@ from moebench.registry import Registry
 from moebench.routing.contract import RouterContractError, describe_value, label_router
 from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
 from moebench.routing.reduction import LossValue, PendingLoss, reduce_record, resolve_losses
-from moebench.routing.router import Router
+from moebench.routing.router import ROUTERS, Router
 from moebench.routing.values import LayerRecord, Routing
 
 Loss = Callable[[LayerRecord], LossValue]
@@ -258,6 +258,8 @@ def _compute_losses(router: Router, record: LayerRecord, names: Collection[str])
     if not isinstance(own_losses, Mapping):
         label = label_router(router.config.name)
         raise RouterContractError(f"{label}: losses must return losses by name, got {describe_value(own_losses)}")
+    if is_plugin(type(router.config)):
+        _check_names(own_losses, router)
     for name in names:
         is_own = name in own_losses
         if not is_own and name not in LOSSES.names() and is_plugin(type(router.config)):
@@ -273,6 +275,15 @@ def _compute_losses(router: Router, record: LayerRecord, names: Collection[str])
             owner = f"{label_router(router.config.name)}: losses" if is_own else LOSSES.get(name).label
             raise ContractError(f"{owner}: '{name}' must be a tensor without dimensions, got {describe_value(value)}")
         yield value
+
+
+def _check_names(own_losses: Mapping[str, Any], router: Router) -> None:
+    """Raise RouterContractError for a loss that `Facts.own_losses` does not name."""
+    names = ROUTERS.get(router.config.name).facts.own_losses
+    for name in own_losses:
+        if name not in names:
+            label = label_router(router.config.name)
+            raise RouterContractError(f"{label}: losses returned '{name}', Facts.own_losses has {', '.join(names)}")
 
 
 def _identity(mean: Tensor) -> Tensor:

@@ -37,9 +37,15 @@ def require_kernels(*, on_gpu: bool) -> None:
     """Raise UsageError where the chosen kernels cannot be used: they lack a package, or the GPU."""
     choice = read_choice()
     if choice in NEEDS_GPU and not on_gpu:
-        raise UsageError(f"{SWITCH}: '{choice}' was given, and its kernels need a GPU (allowed on a CPU: auto, torch)")
+        raise UsageError(
+            f"{SWITCH}: '{choice}' was given, and its kernels need a GPU (allowed on a CPU: auto, torch, interpret)"
+        )
     if choice in (*NEEDS_GPU, "interpret") and not is_installed("triton"):
         raise UsageError(f"{SWITCH}: '{choice}' was given, and triton is not installed (allowed: auto, torch)")
+    if choice == "interpret" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UsageError(
+            f"{SWITCH}: 'interpret' was given without TRITON_INTERPRET=1, which Triton reads when it starts"
+        )
     if choice == "liger" and not is_installed("liger_kernel"):
         raise UsageError(
             f"{SWITCH}: 'liger' was given, and liger-kernel is not installed (pip install liger-kernel; allowed"

@@ -37,8 +37,18 @@ def test_a_cpu_has_the_operators_of_torch(choice: str, monkeypatch: pytest.Monke
     [
         ("ligr", (), True, r"^MOEBENCH_KERNELS: 'ligr' is unknown\. Did you mean 'liger'\? Allowed: auto, interpret, "),
         ("0", (), True, r"^MOEBENCH_KERNELS: '0' is unknown\. Allowed: auto, interpret, liger, torch, triton$"),
-        ("triton", (), False, r"'triton' was given, and its kernels need a GPU \(allowed on a CPU: auto, torch\)$"),
-        ("liger", (), False, r"'liger' was given, and its kernels need a GPU \(allowed on a CPU: auto, torch\)$"),
+        (
+            "triton",
+            (),
+            False,
+            r"'triton' was given, and its kernels need a GPU \(allowed on a CPU: auto, torch, interpret\)$",
+        ),
+        (
+            "liger",
+            (),
+            False,
+            r"'liger' was given, and its kernels need a GPU \(allowed on a CPU: auto, torch, interpret\)$",
+        ),
         ("triton", ("triton",), True, r"'triton' was given, and triton is not installed \(allowed: auto, torch\)$"),
         ("interpret", ("triton",), False, r"'interpret' was given, and triton is not installed"),
         ("liger", ("liger_kernel",), True, r"'liger' was given, and liger-kernel is not installed \(pip install "),
@@ -54,6 +64,13 @@ def test_what_a_choice_lacks_is_named(
         with pytest.raises(UsageError, match=message):
             activate(torch.zeros(1, 2), "swiglu")
         assert activation_kernels(torch.zeros(1, 2, dtype=torch.float64)) is activation
+
+
+def test_the_interpreter_must_be_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose(monkeypatch, "interpret")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(UsageError, match="'interpret' was given without TRITON_INTERPRET=1"):
+        backend.require_kernels(on_gpu=False)
 
 
 def test_cells_and_benchmarks_are_refused_before_they_start(monkeypatch: pytest.MonkeyPatch) -> None:

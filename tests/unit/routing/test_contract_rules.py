@@ -122,6 +122,11 @@ PLANNING = {
         f"    @staticmethod\n    def experts_per_token(config, num_experts):\n        return 0\n\n{METHOD}",
         ["experts_per_token must be at least 1"],
     ),
+    "no losses": (
+        'equation="y = x",',
+        'equation="y = x", own_losses=("spread",),',
+        ["must define losses(record), which Facts.own_losses announces"],
+    ),
     "no forward": ("    def forward(", "    def route(", ["must define forward(x_TD, ctx)"]),
     "a forward without the context": (
         "def forward(self, x_TD: Tensor, ctx: RouteContext)",

@@ -83,7 +83,14 @@ ROUTERS_AT_FAULT = {
     ),
 }
 OWN_LOSSES = {
-    "a loss that is not returned": (with_loss("mine"), ["losses must return 'mine', which Facts.own_losses names"]),
+    "a loss that is not returned": (
+        with_loss("mine", "    def losses(self, record):\n        return {}\n"),
+        ["losses must return 'mine', which Facts.own_losses names"],
+    ),
+    "a loss under another name": (
+        with_loss("mine", "    def losses(self, record):\n        return {'mime': record.routing.weight_N.sum()}\n"),
+        ["losses returned 'mime', Facts.own_losses has mine"],
+    ),
     "a loss for each token": (
         with_loss("mine", "    def losses(self, record):\n        return {'mine': record.routing.weight_N}\n"),
         ["losses: 'mine' must be a tensor without dimensions, got torch.float32 [32]"],
