@@ -253,4 +253,4 @@ def test_the_packaged_experiments_can_be_planned(cli: CommandLine, warm: WarmCom
             continue
         ended = warm(cli, "plan", str(file), "--json", "--results", "plans")
         assert ended.code == 0, ended.err
-        assert {cell["state"] for cell in ended.json["cells"]} == {"new"}
+        assert {cell["state"] for cell in ended.json["cells"]} <= {"new", "after tuning"}

@@ -50,9 +50,11 @@ def test_three_gigabytes_in_one_row_are_one_line(cli: CommandLine, ending: str, 
     part = gzip.compress(b"a" * (1 << 27))  # members of a gzip file are read as one
     content = gzip.compress(before) + part * 24 + gzip.compress(after)
     (cli.folder / f"bomb{ending}.gz").write_bytes(content)
+    largest_before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss  # of any child of this process until now
     refused = cli("prepare", f"bomb{ending}.gz", "--out", "tokens", timeout=300)
     assert refused.code == 2
     assert refused.err.splitlines()[-1].endswith(
         "has more than 128 MiB of text; allowed: documents of at most that size"
     )
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 1.5 * 2**20  # KiB
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert largest < 1.5 * 2**20 or largest == largest_before  # KiB
