@@ -258,7 +258,7 @@ def _compute_losses(router: Router, record: LayerRecord, names: Collection[str])
     if not isinstance(own_losses, Mapping):
         label = label_router(router.config.name)
         raise RouterContractError(f"{label}: losses must return losses by name, got {describe_value(own_losses)}")
-    if is_plugin(type(router.config)):
+    if own_losses and is_plugin(type(router.config)):
         _check_names(own_losses, router)
     for name in names:
         is_own = name in own_losses
