@@ -21,7 +21,18 @@ def suggest(given: str, allowed: Iterable[str]) -> str:
 def build_unknown_error(kind: str, given: str, allowed: Iterable[str]) -> UsageError:
     """Return the error for an unknown name, with the closest and all allowed ones."""
     names = sorted(allowed)
-    return UsageError(f"{kind}: '{given}' is unknown.{suggest(given, names)} Allowed: {list_some(names)}")
+    return UsageError(f"{kind}: '{shorten(given)}' is unknown.{suggest(given, names)} Allowed: {list_some(names)}")
+
+
+MAX_GIVEN_LENGTH = 300
+"""Characters that a message repeats of what was given: a damaged file may have a key of any length."""
+
+
+def shorten(given: str) -> str:
+    """Return a given text for a message: of a very long one the start, and its length."""
+    if len(given) <= MAX_GIVEN_LENGTH:
+        return given
+    return f"{given[:MAX_GIVEN_LENGTH]}... ({len(given):,} characters)"
 
 
 MAX_NAMES = 200
@@ -37,7 +48,7 @@ def list_some(names: Sequence[str]) -> str:
 def require(condition: bool, key: str, given: object, allowed: str) -> None:
     """Raise UsageError naming the key, what was given and what is allowed, unless the condition holds."""
     if not condition:
-        raise UsageError(f"{key} must be {allowed}, got {given}")
+        raise UsageError(f"{key} must be {allowed}, got {shorten(str(given))}")
 
 
 MAX_TEXT_LENGTH = 1000

@@ -30,13 +30,13 @@ def find_hints(text: str) -> list[list[str]]:
 
 
 def parse(words: list[str]) -> Any:
-    """Parse a command as the command line does; None for the bare name of one that needs arguments: a reference."""
+    """Parse a command as the command line does; None for a bare name that only refers to a command."""
     if words[1:] == ["--help"]:
         return None
     name, *rest = words[1:]
     command = COMMANDS[name]
     needs_arguments = any(parameter.required for parameter in command.params)
-    if not rest and (needs_arguments or name == "run"):
+    if not rest and (needs_arguments or name in ("run", "list")):
         return None
     return command.make_context(name, rest)
 

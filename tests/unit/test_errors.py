@@ -1,6 +1,8 @@
 """Messages of one line that stay readable."""
 
-from moebench.errors import MAX_NAMES, build_unknown_error
+import pytest
+
+from moebench.errors import MAX_GIVEN_LENGTH, MAX_NAMES, UsageError, build_unknown_error, require
 
 
 def test_of_very_many_allowed_names_the_first_are_listed() -> None:
@@ -8,3 +10,10 @@ def test_of_very_many_allowed_names_the_first_are_listed() -> None:
     assert message.startswith("baseline: 'arm 7' is unknown. Did you mean 'arm ")
     assert message.endswith(f"arm {MAX_NAMES - 1:05d} and 19,800 more")
     assert str(build_unknown_error("x", "y", ["b", "a"])) == "x: 'y' is unknown. Allowed: a, b"
+
+
+def test_a_very_long_given_name_is_cut() -> None:
+    message = str(build_unknown_error("key", "k" * 1034, ["seeds"]))
+    assert message == f"key: '{'k' * MAX_GIVEN_LENGTH}... (1,034 characters)' is unknown. Allowed: seeds"
+    with pytest.raises(UsageError, match=r"^seed must be a number, got x+\.\.\. \(500 characters\)$"):
+        require(False, "seed", "x" * 500, "a number")
