@@ -2,12 +2,15 @@
 
 import dataclasses
 import inspect
+import traceback
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from types import FunctionType
 from typing import Any, Literal, get_args, get_origin
 
-from moebench.plugin_errors import is_plugin
+from moebench.plugin_errors import find_plugin_line, is_plugin
+
+CONFIG_RULE = "must be decorated with @dataclass(frozen=True, kw_only=True)"
 
 
 def find_function_problem(item: object) -> str:
@@ -36,13 +39,21 @@ def _find_config_problem(config: Any, config_type: type) -> str:
     if config is None:
         return ""  # it has no name either
     if not (isinstance(config, type) and "__dataclass_params__" in vars(config)):
-        return ": its Config must be decorated with @dataclass(frozen=True, kw_only=True)"
+        return f": its Config {CONFIG_RULE}"
     if config_type not in config.__mro__:
         return f": its Config must derive from {config_type.__name__}"
     for field in dataclasses.fields(config):
         if field.name != "name" and field.default is field.default_factory is dataclasses.MISSING:
             return f": option '{field.name}' of its Config needs a default"
     return ""
+
+
+def find_dataclass_problem(error: BaseException) -> str:
+    """Return file, line and rule of a Config that `dataclasses` itself refuses; empty: the error is another one."""
+    location, frames = find_plugin_line(error), list(traceback.walk_tb(error.__traceback__))
+    if not isinstance(error, TypeError) or location is None or frames[-1][0].f_globals is not vars(dataclasses):
+        return ""
+    return f"{location[0]}:{location[1]}: a Config {CONFIG_RULE}, with a default for every option ({error})"
 
 
 def find_method_problem(item: type) -> str:

@@ -39,13 +39,17 @@ def describe_error(error: BaseException) -> str:
     location = find_plugin_line(error)
     line = error.lineno if isinstance(error, SyntaxError) else location and location[1]
     text = error.msg if isinstance(error, SyntaxError) else str(error)  # that of a SyntaxError repeats file and line
-    return f"{type(error).__name__}: {' '.join(text.split())}" + (f" (line {line})" if line else "")
+    return _format_error(error, text) + (f" (line {line})" if line else "")
 
 
 def describe_plugin_error(error: BaseException) -> str:
     """Return an exception that comes from a plug-in in one line that begins with file and line; empty: it does not."""
     location = None if hasattr(error, KEPT) else find_plugin_line(error)
-    return f"{location[0]}:{location[1]}: {type(error).__name__}: {' '.join(str(error).split())}" if location else ""
+    return f"{location[0]}:{location[1]}: {_format_error(error, str(error))}" if location else ""
+
+
+def _format_error(error: BaseException, text: str) -> str:
+    return f"{type(error).__name__}{': ' if text else ''}{' '.join(text.split())}"
 
 
 def keep_traceback(error: BaseException) -> None:
@@ -55,12 +59,15 @@ def keep_traceback(error: BaseException) -> None:
 
 @contextlib.contextmanager
 def plugin_errors_in_one_line() -> Iterator[None]:
-    """Raise UsageError, with file and line, in place of any other exception that comes from a plug-in."""
+    """Raise UsageError, with file and line, in place of any other exception that comes from a plug-in.
+
+    Also in place of SystemExit, here and below: `sys.exit()` in a plug-in must not end the command.
+    """
     try:
         yield
     except UsageError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = describe_plugin_error(error)
         if not text:
             raise
@@ -74,7 +81,7 @@ def contract_errors(label: Callable[[], str]) -> Iterator[None]:
         yield
     except (UsageError, MemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, OSError) and error.errno in FULL_DISK:
             raise
         raise ContractError(f"{label()}: {describe_error(error)}") from error

@@ -37,7 +37,7 @@ def build_router(router_class: type[Router], config: RouterConfig, context: Rout
         router = router_class(config, context)
     except UsageError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RouterContractError(
             f"{label_router(config.name)}: __init__: {describe_error(error)}{_meta_hint(error)}"
         ) from error

@@ -124,11 +124,11 @@ def _list_shape_problems(batch: Batch, size: int) -> Iterator[str]:
 
 
 def _list_id_problems(input_BL: Tensor, name: str, vocab_size: int | None) -> Iterator[str]:
-    """Yield why an input holds no token ids of the vocabulary; nothing for vectors."""
-    if input_BL.is_floating_point():
+    """Yield why an input holds no token ids of the vocabulary; nothing for vectors, whose type is the embedding's."""
+    if input_BL.is_floating_point() or input_BL.dim() > 2:
         return
     if input_BL.dtype != torch.int64:
-        yield f"must return {name} as int64 token ids, or as floating vectors, got {input_BL.dtype}"
+        yield f"must return {name} as int64 token ids [B, L], or as vectors [B, L, width], got {input_BL.dtype} [B, L]"
     elif vocab_size is not None and not 0 <= int(input_BL.min()) <= int(input_BL.max()) < vocab_size:
         yield (
             f"must return {name} with token ids from 0 to {vocab_size - 1} (vocab_size={vocab_size}), got"

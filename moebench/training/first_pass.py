@@ -5,7 +5,7 @@ so a resumed run would not repeat itself. The checks compare the states of the g
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,10 @@ from torch.utils.hooks import RemovableHandle
 from moebench.plugin_errors import ContractError
 from moebench.registry import Entry
 from moebench.routing.contract import find_routing_problem
+from moebench.routing.layer_losses import check_own_losses
 from moebench.routing.losses import LOSSES
 from moebench.routing.router import ROUTERS, Router
+from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig
 from moebench.tasks.task import TASKS
 from moebench.training.model import Model
@@ -36,6 +38,7 @@ class FirstPasses:
         entries += [LOSSES.get(name) for name in config.router.losses if name in LOSSES.names()]
         self.plugins = [entry for entry in entries if entry.is_plugin]
         self.watched: set[str] = set()
+        self.has_checked_losses = False
 
     @contextlib.contextmanager
     def watch(self, kind: str) -> Iterator[None]:
@@ -53,6 +56,14 @@ class FirstPasses:
                 handle.remove()
         owners = ", ".join(entry.label for entry in self.plugins)
         _refuse_draws(before, device, f"{owners}: {kind}")
+
+    def check_losses(self, records: Sequence[LayerRecord]) -> None:
+        """Raise ContractError for a loss of a plug-in router that breaks a rule; call with the first pass's records."""
+        if not self.router.is_plugin or self.has_checked_losses or not self.router.facts.own_losses:
+            return
+        self.has_checked_losses = True
+        for layer, record in zip(self.model.backbone.moe_layers(), records, strict=True):
+            check_own_losses(layer.router, record)
 
     def _register_hooks(self, device: torch.device) -> Iterator[RemovableHandle]:
         """Watch the modules of plug-ins, so that a message names the one that is wrong."""

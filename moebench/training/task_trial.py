@@ -21,7 +21,7 @@ NUM_SEQUENCES = 2
 MAX_PARAMETERS = 2**26
 """Parameters of embedding and head up to which they are built; those of larger ones are not worth the memory."""
 BUGS = (TypeError, LookupError, AttributeError, NameError, NotImplementedError)
-"""Errors of code, which no other evaluation set would avoid."""
+"""Errors of code, which a trained model would not avoid."""
 
 
 def try_task(config: CellConfig, task: Task) -> None:
@@ -40,7 +40,7 @@ def try_task(config: CellConfig, task: Task) -> None:
     modules = trial.build_modules()
     if modules is not None:
         trial.check_loss(modules, train)
-        trial.check_quality(modules, evaluated[-1])
+        trial.check_quality(modules, evaluated[-1], "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +165,33 @@ class _Trial:
             self.refuse(["must have a gradient for what the head reads, or for its parameters"], "loss")
 
     @torch.no_grad()
-    def check_quality(self, modules: tuple[nn.Module, nn.Module], batch: Batch) -> None:
-        """Refuse sums and metrics of an evaluation that cannot be recorded."""
+    def check_quality(self, modules: tuple[nn.Module, nn.Module], batch: Batch, split: str) -> None:
+        """Refuse sums and metrics of an evaluation that cannot be recorded.
+
+        `batch`: a few sequences of the evaluation set. Where they do not suffice, the whole set decides.
+        """
+        sums = self._compute_sums(modules, batch)
+        try:
+            self._check_metrics(self._compute_quality(sums))
+        except ContractError:  # such as a correlation, which two sequences do not have
+            with self.entry.errors_of(f"eval_batches('{split}')"):
+                batches = self.task.eval_batches(split, self.config.train.batch_size)
+            of_batches = [self._compute_sums(modules, each) for each in batches]
+            sums = {name: torch.stack([each[name] for each in of_batches]).sum(0) for name in of_batches[0]}
+            try:
+                quality = self._compute_quality(sums)
+            except ContractError as error:
+                if isinstance(error.__cause__, BUGS):
+                    raise
+                return  # it may need a trained model
+            self._check_metrics(quality)
+
+    def _compute_quality(self, sums: Mapping[str, Tensor]) -> object:
+        with self.entry.errors_of("compute_quality"):
+            return self.task.compute_quality(sums)
+
+    def _compute_sums(self, modules: tuple[nn.Module, nn.Module], batch: Batch) -> dict[str, Tensor]:
+        """Return the sums over the sequences of each domain."""
         output = self._compute_output(modules, batch)
         size, sums = len(batch.domain_B), {}
         with self.entry.errors_of("compute_sums"):
@@ -180,14 +205,7 @@ class _Trial:
                 )
             zeros = torch.zeros(len(self.task.domains), *value.shape[1:], dtype=torch.float64)
             sums[name] = zeros.index_add(0, batch.domain_B, value.double())
-        try:
-            with self.entry.errors_of("compute_quality"):
-                quality = self.task.compute_quality(sums)
-        except ContractError as error:
-            if isinstance(error.__cause__, BUGS):
-                raise
-            return  # it may need the whole set
-        self._check_metrics(quality)
+        return sums
 
     def _check_metrics(self, quality: object) -> None:
         metric = self.entry.facts.metric
