@@ -17,11 +17,11 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ContractError(UsageError):
-    """A component does something else than its contract or its own file says; the message names the file."""
+    """A component breaks its contract or does not do what its file declares; the message names the file."""
 
 
 def is_plugin(item: object) -> bool:
-    """Return whether a class or a function is no part of moebench."""
+    """Return whether a class or a function is defined outside moebench."""
     return not getattr(item, "__module__", "").startswith("moebench.")
 
 
@@ -43,7 +43,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def describe_plugin_error(error: BaseException) -> str:
-    """Return an exception that comes from a plug-in in one line that begins with file and line; empty: it does not."""
+    """Return an exception as one line that begins with file and line; empty: it does not come from a plug-in."""
     location = None if hasattr(error, KEPT) else find_plugin_line(error)
     return f"{location[0]}:{location[1]}: {_format_error(error, str(error))}" if location else ""
 
@@ -58,10 +58,10 @@ def keep_traceback(error: BaseException) -> None:
 
 
 @contextlib.contextmanager
-def plugin_errors_in_one_line() -> Iterator[None]:
-    """Raise UsageError, with file and line, in place of any other exception that comes from a plug-in.
+def convert_plugin_errors() -> Iterator[None]:
+    """Convert exceptions that come from a plug-in to UsageError with file and line.
 
-    Also in place of SystemExit, here and below: `sys.exit()` in a plug-in must not end the command.
+    SystemExit too, here and in `convert_errors`: `sys.exit()` in a plug-in must not end the command.
     """
     try:
         yield
@@ -75,8 +75,8 @@ def plugin_errors_in_one_line() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def contract_errors(label: Callable[[], str]) -> Iterator[None]:
-    """Raise ContractError, which begins with `label`, in place of any other exception that is not a lack of memory."""
+def convert_errors(label: Callable[[], str]) -> Iterator[None]:
+    """Convert exceptions to ContractError, whose message begins with `label`; not a lack of memory or disk space."""
     try:
         yield
     except (UsageError, MemoryError):

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from moebench.launch.scheduler import Outcome
 
 EXIT_FAILED, EXIT_TRACKER = 1, 3
-MAX_COMMAND_LENGTH = 200
+MAX_COMMAND_LENGTH = 300
 """Characters of a recommended command; a longer one, with many plug-ins or changes, is named without its arguments."""
 
 
