@@ -24,7 +24,7 @@ def find_function_problem(item: object) -> str:
     return (
         ""
         if _can_bind(signature, 1)
-        else f": it must take one argument, got {getattr(item, '__name__', '')}{signature}"
+        else f": it must take one argument, got {getattr(item, '__name__', '')}{_drop_types(signature)}"
     )
 
 
@@ -98,7 +98,13 @@ def _find_override_problem(item: type, owner: type, name: str) -> str:
         return ""
     if _can_bind(signature, len(arguments) + isinstance(given, FunctionType)):
         return ""
-    return f"{name} must take ({', '.join(arguments)}), got {name}{signature}"
+    return f"{name} must take ({', '.join(arguments)}), got {name}{_drop_types(signature)}"
+
+
+def _drop_types(signature: inspect.Signature) -> inspect.Signature:
+    """Return a signature without annotations, which contain the names of modules made for plug-in files."""
+    parameters = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
+    return signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
 
 
 def _can_bind(signature: inspect.Signature, num_arguments: int) -> bool:
