@@ -96,7 +96,8 @@ class Registry(Generic[T, F]):
         """Return the entry called `name`; `where` is the configuration key to name in the error."""
         self._load()
         if name not in self._entries:
-            raise build_unknown_error(where or self.kind, name, self._entries)
+            error = build_unknown_error(where or self.kind, name, self._entries)
+            raise UsageError(f"{error} (and those of a file given by --plugin)")
         return self._entries[name]
 
     def entries(self) -> list[Entry[T, F]]:

@@ -44,6 +44,12 @@ REFUSED = {
         ("plan", "./tiny.yaml", "grid.router=[broken]", "baseline=broken", "train.mup_base_width=8"),
         ["KeyError: 'map'"],
     ),
+    "a router that ends the process": (
+        ROUTER,
+        ("    def forward(", "    def linear_maps(self):\n        raise SystemExit(0)\n\n    def forward("),
+        ("plan", "./tiny.yaml", "grid.router=[broken]", "baseline=broken", "train.mup_base_width=8"),
+        ["SystemExit: 0"],
+    ),
 }
 
 

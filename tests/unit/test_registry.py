@@ -60,7 +60,7 @@ def test_wrong_name_is_refused_with_the_nearest() -> None:
         ROUTERS.get("swich", where="router.name")
     message = str(caught.value)
     assert message.startswith("router.name: 'swich' is unknown. Did you mean 'switch'?")
-    assert message.endswith(f"Allowed: {', '.join(ROUTERS.names())}")
+    assert message.endswith(f"Allowed: {', '.join(ROUTERS.names())} (and those of a file given by --plugin)")
     with pytest.raises(UsageError, match=r"^router: 'zzz' is unknown\. Allowed: "):
         ROUTERS.get("zzz")
 
