@@ -1,6 +1,5 @@
 """docs/reliability.md: every guarantee names a test that exists."""
 
-import ast
 import re
 from pathlib import Path
 
@@ -13,7 +12,8 @@ def test_the_named_tests_exist() -> None:
     without = [row for row in rows if not re.search(r"`test_\w+(\.py)?`[^|]*\|$", row)]
     assert rows
     assert not without
-    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in (ROOT / "tests").rglob("test_*.py")]
-    defined = {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-    defined |= {file.name for file in (ROOT / "tests").rglob("test_*.py")}
+    files = list((ROOT / "tests").rglob("test_*.py"))
+    defined = {file.name for file in files}
+    for file in files:
+        defined |= {*re.findall(r"^ *def (test_\w+)\(", file.read_text(encoding="utf-8"), re.MULTILINE)}
     assert {*re.findall(r"`(test_\w+(?:\.py)?)`", page)} - defined == set()

@@ -102,7 +102,7 @@ def test_trades_reach_every_routing_equally_often() -> None:
     member_TE = next(list_tables(sizes, loads))
     counts = dict.fromkeys(every, 0)
     generator = make_generator("test of trades")
-    num_draws = 150 * len(every)
+    num_draws = 60 * len(every)
     for _ in range(num_draws):
         member_TE = swap_experts(member_TE, generator, 6)
         assert member_TE.sum(1).tolist() == list(sizes)

@@ -86,7 +86,7 @@ def test_three_numbers_of_experts_are_needed():
 
 def test_saturation_that_is_not_there_is_not_identified():
     points = make_points(BilinearLaw(a=-0.08, b=-0.1, c=0.01, d=1.1, e_start=2.0), experts=(1, 2, 4, 8, 16))
-    bootstrap = bootstrap_law(disturb(points, np.random.default_rng(0), 0, 0.002), "saturating", 100)
+    bootstrap = bootstrap_law(disturb(points, np.random.default_rng(0), 0, 0.002), "saturating", 40)
     by_name = {estimate.name: estimate for estimate in bootstrap.estimates}
     assert by_name["e_max"].identification == "not identified"
     assert by_name["e_max"].high > 1e4
@@ -145,6 +145,7 @@ def measure_coverage(form, experts, num_seeds, std_size, num_repeats):
     return {name: count / num_repeats for name, count in covered.items()}
 
 
+@pytest.mark.slow
 def test_intervals_cover_planted_coefficients():
     # Conservative with three sizes, as few sizes are drawn often: 95 % are asked for.
     assert min(measure_coverage("plain", (1, 4, 16), 3, 0.0, 40).values()) >= 0.93

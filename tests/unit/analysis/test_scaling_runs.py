@@ -26,7 +26,7 @@ def test_the_planted_law_of_each_router(tmp_path):
     assert [runs.label for runs in ladder.routers] == ["switch", "top_k"]
     # 2 seeds of 4 widths: dense once, experts three times. Four numbers of experts leave out E_max.
     assert [(len(runs.points), runs.form) for runs in ladder.routers] == [(32, "start")] * 2
-    report = build_report(ladder, fit_laws(ladder, 100, 0))
+    report = build_report(ladder, fit_laws(ladder, 40, 0))
     for router in report.values["routers"]:
         values = {row["name"]: row["value"] for row in router["coefficients"]}
         assert values["a"] == pytest.approx(LAW.a, abs=0.001)

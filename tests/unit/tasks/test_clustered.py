@@ -94,7 +94,7 @@ def test_the_oracle_is_refused_on_tasks_without_labels() -> None:
     check_cell(resolve({"router": "oracle", "task": "clustered"}))
 
 
-@pytest.mark.parametrize("router", ["oracle", "dense", "expert_choice"])
+@pytest.mark.parametrize("router", ["oracle", "dense", pytest.param("expert_choice", marks=pytest.mark.slow)])
 def test_it_trains(tmp_path: Path, router: str) -> None:
     train = {"steps": 100, "learning_rate": 2e-2, "eval_every": 200, "log_every": 100}
     config = tiny_config(tmp_path, task=SMALL, router=router, train=train)

@@ -137,7 +137,7 @@ def test_rates_out_of_range_are_refused(text: Path, tmp_path: Path, rate: float)
         make_task(text, tmp_path, rate=rate)
 
 
-@pytest.mark.parametrize("router", ["dense", "hash", "expert_choice"])
+@pytest.mark.parametrize("router", [pytest.param("hash", marks=pytest.mark.slow), "dense", "expert_choice"])
 def test_it_trains(text: Path, tmp_path: Path, router: str) -> None:
     config = tiny_config(
         text,

@@ -244,7 +244,9 @@ def test_training_runs_with_every_kind_of_layout(pictures: Path, tmp_path: Path,
         assert result.metrics["load/drop_rate"] > 0
 
 
-@pytest.mark.parametrize("router", ["expert_choice", "soft_moe", "switch"])
+@pytest.mark.parametrize(
+    "router", ["expert_choice", *(pytest.param(name, marks=pytest.mark.slow) for name in ("soft_moe", "switch"))]
+)
 def test_routers_that_see_the_whole_image_are_not_marked(pictures: Path, tmp_path: Path, router: str) -> None:
     result = Run(tiny(pictures, router=router), tmp_path)()
     assert result is not None

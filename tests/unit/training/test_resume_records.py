@@ -59,14 +59,16 @@ def damage_byte_1(folder: Path) -> None:
             lambda folder: (folder / "journal.jsonl").write_bytes(b""), "journal.jsonl", 0, marks=pytest.mark.slow
         ),
         pytest.param(drop_lines(0), "journal.jsonl", 0, marks=pytest.mark.slow),
-        (drop_lines(2), "journal.jsonl", 0),
+        pytest.param(drop_lines(2), "journal.jsonl", 0, marks=pytest.mark.slow),
         (drop_lines(5, 6), "journal.jsonl", 3),  # points of steps 4 to 6: the checkpoint of step 3 is complete
         (damage_byte_1, "journal.jsonl", 0),
-        (change_digit, "journal.jsonl", 0),
+        pytest.param(change_digit, "journal.jsonl", 0, marks=pytest.mark.slow),
         (lambda folder: (folder / "load.jsonl").unlink(), "load.jsonl", 3),
         pytest.param(lambda folder: (folder / "load.jsonl").write_text("x\n"), "load.jsonl", 3, marks=pytest.mark.slow),
         (lambda folder: (folder / "layers.jsonl").unlink(), "layers.jsonl", 0),
-        (lambda folder: (folder / "layers.jsonl").write_text("x\n"), "layers.jsonl", 0),
+        pytest.param(
+            lambda folder: (folder / "layers.jsonl").write_text("x\n"), "layers.jsonl", 0, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_missing_points_are_trained_again(

@@ -131,6 +131,7 @@ def grams(text: str, n: int = 13) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
+@pytest.mark.slow
 def test_pack_test_text_is_not_in_the_training_text(pack):
     seen = set().union(*(grams(document.text) for document in pack["train"]))
     # Per cent of 13-grams. Measured: docs 0.43, scripture 0.07-0.10, dictionary 0.03, the others 0.

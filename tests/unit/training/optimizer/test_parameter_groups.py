@@ -186,7 +186,13 @@ COMPONENTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", COMPONENTS)
+QUICK = {f"router {name}" for name in ("dense", "switch", "soft_moe")} | {*list(COMPONENTS)[::3]}
+"""Every third component; all in `make test-all`."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in COMPONENTS]
+)
 def test_every_component_trains_with_muon_at_a_scaled_width(text: Path, tmp_path: Path, name: str) -> None:
     model_sizes = {"d_model": 16, "num_heads": 4}
     train = {"optimizer": "muon", "mup_base_width": 8}
@@ -203,7 +209,7 @@ def test_every_component_trains_with_muon_at_a_scaled_width(text: Path, tmp_path
     assert {"hidden", "embeddings", "head"} <= groups
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_muon_resumes_exactly(text: Path, tmp_path: Path, precision: str) -> None:
     train = {"optimizer": "muon", "accumulate": 2, "precision": precision, "schedule": "wsd", "mup_base_width": 4}
     config = tiny_config(text, router="noisy_top_k", train={**train, "router_learning_rate": 1e-2})
