@@ -188,7 +188,7 @@ def label_router(name: str) -> str:
     return ROUTERS.get(name).label if name in ROUTERS.names() else f"router '{name}'"
 
 
-def _describe_meta_device(error: Exception) -> str:
+def _describe_meta_device(error: BaseException) -> str:
     is_of_tensors = isinstance(error, RuntimeError) or "meta" in str(error)  # NotImplementedError is a RuntimeError
     if torch.get_default_device().type != "meta" or not is_of_tensors:
         return ""
