@@ -54,7 +54,7 @@ def _run() -> int:
         if isinstance(error.__cause__, EOFError):  # typer takes the end of any pipe or file for Ctrl-D
             raise error.__cause__ from None
         return 130
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # `sys.exit()` in a plug-in too
         mistake = _describe_mistake(error)
         if not mistake:
             raise
@@ -62,7 +62,7 @@ def _run() -> int:
         return 2
 
 
-def _describe_mistake(error: Exception) -> str:
+def _describe_mistake(error: BaseException) -> str:
     """Return a user's mistake in one line; empty: the error is one of this program."""
     from moebench.errors import UsageError
     from moebench.plugin_errors import describe_plugin_error

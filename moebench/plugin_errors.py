@@ -17,11 +17,11 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ContractError(UsageError):
-    """A component does something else than its contract or its own file says; the message names the file."""
+    """A component breaks its contract or does not do what its file declares; the message names the file."""
 
 
 def is_plugin(item: object) -> bool:
-    """Return whether a class or a function is no part of moebench."""
+    """Return whether a class or a function is defined outside moebench."""
     return not getattr(item, "__module__", "").startswith("moebench.")
 
 
@@ -39,13 +39,17 @@ def describe_error(error: BaseException) -> str:
     location = find_plugin_line(error)
     line = error.lineno if isinstance(error, SyntaxError) else location and location[1]
     text = error.msg if isinstance(error, SyntaxError) else str(error)  # that of a SyntaxError repeats file and line
-    return f"{type(error).__name__}: {' '.join(text.split())}" + (f" (line {line})" if line else "")
+    return _format_error(error, text) + (f" (line {line})" if line else "")
 
 
 def describe_plugin_error(error: BaseException) -> str:
-    """Return an exception that comes from a plug-in in one line that begins with file and line; empty: it does not."""
+    """Return an exception as one line that begins with file and line; empty: it does not come from a plug-in."""
     location = None if hasattr(error, KEPT) else find_plugin_line(error)
-    return f"{location[0]}:{location[1]}: {type(error).__name__}: {' '.join(str(error).split())}" if location else ""
+    return f"{location[0]}:{location[1]}: {_format_error(error, str(error))}" if location else ""
+
+
+def _format_error(error: BaseException, text: str) -> str:
+    return f"{type(error).__name__}{': ' if text else ''}{' '.join(text.split())}"
 
 
 def keep_traceback(error: BaseException) -> None:
@@ -54,13 +58,16 @@ def keep_traceback(error: BaseException) -> None:
 
 
 @contextlib.contextmanager
-def plugin_errors_in_one_line() -> Iterator[None]:
-    """Raise UsageError, with file and line, in place of any other exception that comes from a plug-in."""
+def convert_plugin_errors() -> Iterator[None]:
+    """Convert exceptions that come from a plug-in to UsageError with file and line.
+
+    SystemExit too, here and in `convert_errors`: `sys.exit()` in a plug-in must not end the command.
+    """
     try:
         yield
     except UsageError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         text = describe_plugin_error(error)
         if not text:
             raise
@@ -68,13 +75,13 @@ def plugin_errors_in_one_line() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def contract_errors(label: Callable[[], str]) -> Iterator[None]:
-    """Raise ContractError, which begins with `label`, in place of any other exception that is not a lack of memory."""
+def convert_errors(label: Callable[[], str]) -> Iterator[None]:
+    """Convert exceptions to ContractError, whose message begins with `label`; not a lack of memory or disk space."""
     try:
         yield
     except (UsageError, MemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if isinstance(error, OSError) and error.errno in FULL_DISK:
             raise
         raise ContractError(f"{label()}: {describe_error(error)}") from error

@@ -18,7 +18,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from moebench.component_rules import find_class_problem, find_facts_problem, find_function_problem
+from moebench.component_rules import (
+    find_class_problem,
+    find_dataclass_problem,
+    find_facts_problem,
+    find_function_problem,
+)
 from moebench.errors import UsageError, build_unknown_error
 from moebench.plugin_errors import PLUGIN_MODULE, describe_error
 from moebench.plugin_sources import digest_sources
@@ -91,7 +96,8 @@ class Registry(Generic[T, F]):
         """Return the entry called `name`; `where` is the configuration key to name in the error."""
         self._load()
         if name not in self._entries:
-            raise build_unknown_error(where or self.kind, name, self._entries)
+            error = build_unknown_error(where or self.kind, name, self._entries)
+            raise UsageError(f"{error} (and those of a file given by --plugin)")
         return self._entries[name]
 
     def entries(self) -> list[Entry[T, F]]:
@@ -243,7 +249,7 @@ def _execute(name: str, path: str) -> None:
         raise
     except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise UsageError(f"--plugin {path}: {describe_error(error)}") from error
+        raise UsageError(find_dataclass_problem(error) or f"--plugin {path}: {describe_error(error)}") from error
 
 
 def names_without_import(kind: str) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Generic, TypeVar
 
-from moebench.plugin_errors import contract_errors, is_plugin
+from moebench.plugin_errors import convert_errors, is_plugin
 
 T = TypeVar("T")
 F = TypeVar("F")
@@ -23,17 +23,17 @@ class Entry(Generic[T, F]):
 
     @property
     def is_plugin(self) -> bool:
-        """Whether it comes from a plug-in file or another package: its contract is checked when it is used."""
+        """Whether the component comes from a plug-in file or another package: its contract is checked in use."""
         return is_plugin(self.item)
 
     @property
     def label(self) -> str:
-        """Its kind, name and file, as the start of a message."""
+        """Kind, name and file of the component, to start a message with."""
         return f"{self.kind} '{self.name}' ({self.origin})"
 
-    def errors_of(self, method: str) -> AbstractContextManager[None]:
-        """Name the component and the method in the errors of a plug-in; those of a built-in one stay as they are."""
-        return contract_errors(lambda: f"{self.label}: {method}") if self.is_plugin else nullcontext()
+    def convert_errors(self, method: str) -> AbstractContextManager[None]:
+        """Convert exceptions of a plug-in to ContractError, which names component and method; leave those of others."""
+        return convert_errors(lambda: f"{self.label}: {method}") if self.is_plugin else nullcontext()
 
     @cached_property
     def origin(self) -> str:

@@ -19,7 +19,7 @@ from moebench.routing.features.consistency import Consistency
 from moebench.routing.features.padding_mask import PaddingMask
 from moebench.routing.features.shared_embedding import SharedEmbedding
 from moebench.routing.features.token_labels import TokenLabels
-from moebench.routing.losses import compute_raw_losses
+from moebench.routing.layer_losses import compute_raw_losses
 from moebench.routing.router import ROUTERS, Router, required_features
 from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig

@@ -132,6 +132,7 @@ def _show(report: "RunReport", results: Path, console: "Console", *, json: bool)
     from moebench.analysis.transfer.report import LEGEND, build_transfer_tables
     from moebench.cli.output import print_report
     from moebench.reporting.report import Report
+    from moebench.tracking.tracker import format_tracker_problem
 
     transfer = measure_transfer(report.experiment, results) if report.experiment.cells else None
     if json:
@@ -140,7 +141,7 @@ def _show(report: "RunReport", results: Path, console: "Console", *, json: bool)
     lines = [describe_failure(outcome) for outcome in report.failed]
     lines += report.tuning.list_lines() if report.tuning else []
     lines += [f"warning: {problem}" for problem in report.problems]
-    lines += [f"tracker: {report.tracker_problem}"] if report.tracker_problem else []
+    lines += [format_tracker_problem(report.tracker_problem)] if report.tracker_problem else []
     lines += ["interrupted; the same command continues from there"] if report.interrupted else []
     ids = ", ".join(cell.id for cell in report.experiment.cells) if report.num_done else ""
     lines += [f"run {ids} of experiment {report.experiment.name}"] if ids else []

@@ -64,7 +64,9 @@ Results = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else on standard output.")]
 Plugins = Annotated[
     list[str] | None,
-    typer.Option("--plugin", help="Python file that registers a router, layout or task. It is executed. Repeatable."),
+    typer.Option(
+        "--plugin", help="Python file that registers a component (router, layout, ...). It is executed. Repeatable."
+    ),
 ]
 ExperimentName = Annotated[
     str,

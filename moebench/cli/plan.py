@@ -228,6 +228,8 @@ def print_overlap(rows: list[dict[str, Any]]) -> None:
 
 def _format_difference(row: dict[str, Any]) -> str:
     """Return the difference to the baseline in the quantity that the layout matches: FLOPs or parameters."""
+    from moebench.reporting.formatting import format_signed
+
     if row["match"] == "params":
-        return f"{row['params_vs_baseline']:+.2%} params"
-    return f"{row['flops_vs_baseline']:+.2%}"
+        return f"{format_signed(100 * row['params_vs_baseline'], 2)}% params"
+    return f"{format_signed(100 * row['flops_vs_baseline'], 2)}%"

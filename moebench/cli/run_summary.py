@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from moebench.launch.scheduler import Outcome
 
 EXIT_FAILED, EXIT_TRACKER = 1, 3
+MAX_COMMAND_LENGTH = 300
+"""Characters of a recommended command; a longer one, with many plug-ins or changes, is named without its arguments."""
 
 
 def choose_exit_code(report: "RunReport") -> int:
@@ -56,6 +58,7 @@ def print_summary(
     `given`: options of the command besides those of `options`.
     """
     from moebench.tracking.address import redact_uri
+    from moebench.tracking.tracker import format_tracker_problem
 
     lines = [
         *lines,
@@ -66,16 +69,19 @@ def print_summary(
     lines += [f"{describe_failure(outcome)}{_name_log(report.log_path(outcome))}" for outcome in report.failed]
     lines += [f"warning: {problem}" for problem in report.problems]
     lines += [f"warning: {report.below_trivial}"] if report.below_trivial else []
-    if report.tracker_problem:
-        lines.append(f"tracker: {report.tracker_problem}")
+    lines += [format_tracker_problem(report.tracker_problem)] if report.tracker_problem else []
     if report.interrupted:
         tracker = options.tracker or ""
         given = [*given, *(["--tracker", tracker] if tracker and redact_uri(tracker) == tracker else [])]
         given += ["--jobs", str(options.jobs)] if options.jobs else []
         given += ["--reshard"] if options.reshard else []
-        lines.append(f"interrupted; continue with: {arguments.format('run', *given)}")
-    else:
-        hints = [arguments.format("compare"), arguments.format_ui(options.tracker)]
-        lines.append(f"next: {'  |  '.join(filter(None, hints))}")
+        command = arguments.format("run", *given)
+        is_long = len(command) > MAX_COMMAND_LENGTH
+        lines.append(f"interrupted; continue with: {'the same command' if is_long else command}")
+    elif report.num_done:
+        compare = arguments.format("compare")
+        if len(compare) > MAX_COMMAND_LENGTH:
+            compare = "`moebench compare` with the same arguments"
+        lines.append(f"next: {'  |  '.join(filter(None, [compare, arguments.format_ui(options.tracker)]))}")
     for line in lines:
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from moebench.experiment.stages import StagePart, split_stages
 from moebench.experiment.stored_digests import choose_digest
 from moebench.experiment.trials import Tuning, build_tuning
 from moebench.file_access import require_plain_name
-from moebench.plugin_errors import plugin_errors_in_one_line
+from moebench.plugin_errors import convert_plugin_errors
 from moebench.registry import Plugin, load_plugin
 from moebench.runs.cell import Cell
 from moebench.schema import DEFAULT_MARGIN, ExperimentConfig
@@ -150,7 +150,7 @@ def _build(
     cells = [builder.build(arm, seed) for seed in config.seeds for arm in arms]
     tuning = None
     if config.tune.grid:
-        with plugin_errors_in_one_line():
+        with convert_plugin_errors():
             tuning = build_tuning(last.config, arms, builder.build)
     first = next(cell for cell in cells if cell.arm == baseline)
     return Experiment(
@@ -175,7 +175,7 @@ def _build(
 def _resolve_part(part: StagePart, path: Path, resolution: Resolution) -> tuple[list[Arm], tuple[str, ...]]:
     """Return the arms of a stage, and notes on them."""
     where = f"{path}, stage {part.name}" if part.name else str(path)
-    with plugin_errors_in_one_line():
+    with convert_plugin_errors():
         arms, notes = resolve_arms(part.config, part.overrides, where, resolution)
     check_size(part.config.size, [arm.config.task.name for arm in arms])
     partial_notes = note_partial_overrides(part.overrides, arms, part.config.grid)

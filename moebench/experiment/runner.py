@@ -34,7 +34,7 @@ from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.tasks.task import TASKS
 from moebench.tracking.address import NO_TRACKER, check_uri, format_sync
-from moebench.tracking.tracker import Tracker
+from moebench.tracking.tracker import Tracker, format_tracker_problem
 from moebench.training.model import prepare_task
 
 
@@ -194,7 +194,7 @@ class _GridRun:
                 problem = self.tracker.poll() if self.tracker else None
                 if problem and not warnings:
                     warnings.append(problem)
-                    display.note(f"tracker: {problem}; training continues")
+                    display.note(f"{format_tracker_problem(problem)}; training continues")
 
             policy = SchedulePolicy(
                 jobs=options.jobs,

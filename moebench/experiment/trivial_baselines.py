@@ -176,7 +176,7 @@ def _compute(source: BaselineSource, results: Path, wanted: EvaluationSet) -> St
     task = prepare_task(source.config, results)
     if (task.digest, task.eval_digest) != (wanted.data_digest, wanted.eval_digest):
         raise UsageError("the data have changed since the runs were trained")
-    with TASKS.get(source.config.task.name).errors_of("compute_baselines"):
+    with TASKS.get(source.config.task.name).convert_errors("compute_baselines"):
         baselines = tuple(
             replace(baseline, values={name: float(value) for name, value in baseline.values.items()})
             for baseline in task.compute_baselines(wanted.split)

@@ -1,4 +1,4 @@
-"""The rules of a layout's plan, checked where it is made; breaking one is a one-line error that names the file."""
+"""The rules of a layout's plan, checked when it is made; an error is one line with the layout's file."""
 
 import math
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def plan_layout(config: LayoutConfig, num_layers: int) -> tuple[BlockPlan, ...]:
     model can be built from.
     """
     entry = LAYOUTS.get(config.name, where="layout.name")
-    with entry.errors_of("plan"):
+    with entry.convert_errors("plan"):
         plan = entry.item.plan(config, num_layers)
     for problem in _list_problems(plan, num_layers):
         raise ContractError(f"{entry.label}: plan {problem}")
@@ -31,7 +31,7 @@ def plan_layout(config: LayoutConfig, num_layers: int) -> tuple[BlockPlan, ...]:
 
 
 def _list_problems(plan: object, num_layers: int) -> Iterator[str]:
-    """Yield what is wrong with a plan, to follow the name of the method."""
+    """Yield what is wrong with a plan, worded to follow the name of the method."""
     wanted = f"a tuple with one BlockPlan for each block (model.num_layers={num_layers})"
     if not isinstance(plan, tuple | list):
         hint = "; does it end with return?" if plan is None else ""
@@ -52,13 +52,12 @@ def _list_problems(plan: object, num_layers: int) -> Iterator[str]:
         for part in KINDS:
             bank = getattr(block, part)
             if bank is not None:
-                yield from (
-                    f"has a wrong bank in block {index}: {part}{rest}" for rest in _list_bank_problems(bank, part)
-                )
+                for problem in _list_bank_problems(bank, part):
+                    yield f"has a wrong bank in block {index}: {part}{problem}"
 
 
 def _list_bank_problems(bank: object, part: str) -> Iterator[str]:
-    """Yield what is wrong with a bank of experts, to follow the name of the part of the block that holds it."""
+    """Yield what is wrong with a bank of experts, worded to follow the name of its part of the block."""
     if not isinstance(bank, Experts):
         yield f" must be Experts(...), got {type(bank).__name__}"
         return

@@ -1,12 +1,12 @@
 """Copies of weights in the precision of autocast, made once for each value of a weight instead of at each use.
 
-torch.autocast caches casts only within one context, which a training step enters for each micro-batch and each block
-that is computed again, and sums the gradients of several uses in that precision. Here each use has its own gradient,
-which is cast back to the precision of the weight before any sum, as by `weight.to(dtype)`: no number changes.
+torch.autocast caches casts only within one context, which a training step enters for each micro-batch and each
+recomputed block, and sums the gradients of several uses in that precision. Here each use has its own gradient, which is
+cast back to the precision of the weight before any sum, as by `weight.to(dtype)`: no number changes.
 
-Copies belong to who trains or evaluates (`share_casts`), not to modules, so they are in no checkpoint. A copy is used
-only while its weight is where it was and has not been written to since, as torch counts writes. It does not count
-those of fused optimizers, of collectives and to `.data`: each update therefore ends with `clear`.
+Copies belong to the training or evaluation loop (`share_casts`), not to modules, so no checkpoint contains them. A copy
+is valid while its weight has the same storage and version counter. torch's counter misses writes by fused optimizers,
+by collectives and to `.data`, so each update ends with `clear`.
 """
 
 import contextlib
@@ -21,22 +21,22 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Copy:
-    """A copy of a weight, and what identifies the value that it was made of."""
+    """A copy of a weight, and what identifies the value it was made from."""
 
     value: Tensor
     source: tuple[int, ...]
 
 
 class WeightCasts:
-    """The copies that the forward passes between two updates share."""
+    """The copies that are shared by the forward passes between two updates."""
 
     def __init__(self) -> None:
-        # Not by weak references: torch does not move sharded parameters that have some.
+        # No weak references: torch does not move sharded parameters that have any.
         self._copies: dict[Tensor, _Copy] = {}
 
     def cast(self, parameter: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:
         """Return a copy of `local`, the part of a parameter that is on this process, without a gradient."""
-        # An update of a sharded parameter is counted on the parameter or on its part.
+        # An update of a sharded parameter increments the version of the parameter or that of its local part.
         source = parameter._version, local._version, local.data_ptr()
         copy = self._copies.get(parameter)
         if copy is None or copy.source != source or copy.value.dtype != dtype or copy.value.device != local.device:
@@ -51,12 +51,15 @@ class WeightCasts:
 
 
 _IN_USE: list[WeightCasts] = []
-"""The innermost last. Not for each thread: on a GPU, autograd computes blocks again in a thread of its own."""
+"""A stack, the innermost last. Not thread-local: on a GPU, autograd recomputes blocks in a thread of its own."""
 
 
 @contextlib.contextmanager
 def share_casts(casts: WeightCasts | None = None) -> Iterator[None]:
-    """Let forward and backward passes inside share copies: `casts`, or without them those in use, or new ones."""
+    """Share copies between the forward and backward passes in the block.
+
+    `casts`: None: those of the enclosing block, or new ones.
+    """
     if casts is None:
         casts = _IN_USE[-1] if _IN_USE else WeightCasts()
     _IN_USE.append(casts)
@@ -69,7 +72,7 @@ def share_casts(casts: WeightCasts | None = None) -> Iterator[None]:
 def cast_weight(parameter: Tensor, local: Tensor) -> Tensor:
     """Return `local`, the part of a parameter that is on this process, in the precision of autocast.
 
-    Unchanged where autocast is off. Outside of `share_casts` it is cast at each call, and so is what is no parameter.
+    Unchanged if autocast is off. Outside of `share_casts`, and for a tensor that is not a parameter, each call casts.
     """
     device = local.device.type
     if not torch.is_autocast_enabled(device):
@@ -85,7 +88,7 @@ def cast_weight(parameter: Tensor, local: Tensor) -> Tensor:
 
 
 class _UseCopy(torch.autograd.Function):
-    """The copy in place of the weight; its gradient is cast as the backward pass of a cast does."""
+    """Replace a weight by its copy; the gradient is cast to the type of the weight, as in the backward of a cast."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, copy: Tensor) -> Tensor:

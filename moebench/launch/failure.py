@@ -32,7 +32,8 @@ def describe_exception(error: BaseException) -> str:
         return str(error)
     location = find_plugin_line(error)
     where = f" ({location[0]}:{location[1]})" if location else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{where}"
+    text = " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}{': ' if text else ''}{text}{where}"
 
 
 def build_failed_result(

@@ -22,6 +22,7 @@ from moebench.launch.error_report import classify_error, describe_cell_error
 from moebench.launch.folder_training import TrainingReports, train_from_folder
 from moebench.launch.parent_death import exit_with_parent
 from moebench.parallel.process_info import ProcessInfo
+from moebench.plugin_errors import find_plugin_line
 from moebench.printable import print_text
 from moebench.runs.folder import RunFolder
 from moebench.runs.result import RunResult
@@ -140,7 +141,9 @@ def _train(folder: RunFolder, results: Path, process_info: ProcessInfo, connecti
                 activity=connection.report_activity,
             ),
         )
-    except (Exception, CheckpointException) as error:
+    except (Exception, SystemExit, CheckpointException) as error:
+        if isinstance(error, SystemExit) and find_plugin_line(error) is None:
+            raise
         with contextlib.suppress(OSError):  # a full disk: the runner still gets the reason
             traceback.print_exc()
         return {"status": "failed", "error": describe_cell_error(error, folder), "fault": classify_error(error)}

@@ -1,4 +1,4 @@
-"""The rules of a router that are checked where it is built and where it routes; breaking one is a one-line error."""
+"""The rules of a router that are checked when it is built and when it routes; an error is one line with its file."""
 
 from collections.abc import Mapping
 from numbers import Real
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from moebench.errors import UsageError
-from moebench.plugin_errors import ContractError, contract_errors, describe_error, is_plugin
+from moebench.plugin_errors import ContractError, convert_errors, describe_error, is_plugin
 from moebench.routing.logit_router import LogitRouter
 from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.router import ROUTERS, Form, Router, RouterBuildContext, RouterConfig, RouterTraits
@@ -24,7 +24,7 @@ ROUTING_OF_FORM: dict[Form, type] = {
 
 
 class RouterContractError(ContractError):
-    """A router does something else than its file declares."""
+    """A router does not do what its file declares."""
 
 
 def build_router(router_class: type[Router], config: RouterConfig, context: RouterBuildContext) -> Router:
@@ -37,9 +37,9 @@ def build_router(router_class: type[Router], config: RouterConfig, context: Rout
         router = router_class(config, context)
     except UsageError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise RouterContractError(
-            f"{label_router(config.name)}: __init__: {describe_error(error)}{_meta_hint(error)}"
+            f"{label_router(config.name)}: __init__: {describe_error(error)}{_describe_meta_device(error)}"
         ) from error
     if not hasattr(router, "config"):
         raise RouterContractError(
@@ -51,7 +51,7 @@ def build_router(router_class: type[Router], config: RouterConfig, context: Rout
                 f"{label_router(config.name)}: parameter '{name}' must be float32, got {parameter.dtype}"
             )
     if is_plugin(router_class):
-        with contract_errors(lambda: f"{label_router(config.name)}: costs and traits"):
+        with convert_errors(lambda: f"{label_router(config.name)}: costs and traits"):
             _check_properties(router, router_class.experts_per_token(config, context.num_experts))
     return router
 
@@ -69,7 +69,7 @@ def _check_properties(router: Router, experts_per_token: int) -> None:
 
 
 def check_router_class(router_class: type[Router], config: RouterConfig, num_experts: int) -> None:
-    """Raise RouterContractError unless a router's form losses and experts per token are what shared code can read."""
+    """Raise RouterContractError unless form, losses and experts per token of a router are what shared code reads."""
     if not isinstance(router_class.form, Form):
         raise RouterContractError(
             f"{label_router(config.name)}: form must be a member of Form, such as Form.LIST, got {router_class.form!r}"
@@ -155,7 +155,7 @@ def describe_value(value: object) -> str:
 
 
 def find_routing_problem(routing: AnyRouting, num_tokens: int, num_experts: int) -> str:
-    """Return what is wrong with the values of a routing of so many tokens; empty: nothing. Waits for the device."""
+    """Return what is wrong with the values of a routing; empty if nothing is. Waits for the device."""
     if routing.num_tokens != num_tokens:
         return f"must route the {num_tokens} tokens of x_TD, got num_tokens={routing.num_tokens}"
     if not isinstance(routing, Routing):
@@ -188,7 +188,7 @@ def label_router(name: str) -> str:
     return ROUTERS.get(name).label if name in ROUTERS.names() else f"router '{name}'"
 
 
-def _meta_hint(error: Exception) -> str:
+def _describe_meta_device(error: BaseException) -> str:
     is_of_tensors = isinstance(error, RuntimeError) or "meta" in str(error)  # NotImplementedError is a RuntimeError
     if torch.get_default_device().type != "meta" or not is_of_tensors:
         return ""

@@ -6,20 +6,16 @@ coefficient mean different things in different models. Training applies the coef
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moebench.errors import UsageError
-from moebench.plugin_errors import ContractError, is_plugin
 from moebench.registry import Registry
-from moebench.routing.contract import RouterContractError, describe_value, label_router
 from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
-from moebench.routing.reduction import LossValue, PendingLoss, reduce_record, resolve_losses
-from moebench.routing.router import ROUTERS, Router
+from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.values import LayerRecord, Routing
 
 Loss = Callable[[LayerRecord], LossValue]
@@ -231,59 +227,6 @@ def recount_by_scores(record: LayerRecord, top_k: int) -> LayerRecord:
 def compute_squared_variation(value_E: Tensor) -> Tensor:
     """Return the squared coefficient of variation, Var/Mean² (population variance); 0 when all values are equal."""
     return value_E.var(unbiased=False) / (value_E.mean().square() + 1e-10)
-
-
-def compute_raw_losses(router: Router, record: LayerRecord, names: Collection[str]) -> dict[str, Tensor]:
-    """Return the named losses of a layer, without coefficients; the router's own losses override the shared ones."""
-    return compute_losses_of_layers([router], [record], names)[0]
-
-
-def compute_losses_of_layers(
-    routers: Sequence[Router], records: Sequence[LayerRecord], names: Collection[str]
-) -> list[dict[str, Tensor]]:
-    """Return `compute_raw_losses` of several layers; processes exchange the sums of all of them at once."""
-    if not routers or not names:
-        return [{} for _ in routers]
-    ranks = records[0].ranks
-    pending: list[LossValue] = []
-    for router, record in zip(routers, records, strict=True):
-        pending += _compute_losses(router, replace(record, defers_sums=ranks.size > 1), names)
-    values = iter(resolve_losses(pending, ranks))
-    return [{name: next(values) for name in names} for _ in routers]
-
-
-def _compute_losses(router: Router, record: LayerRecord, names: Collection[str]) -> Iterator[LossValue]:
-    """Yield the named losses of one layer; raise ContractError for one that is no scalar, or not there."""
-    own_losses: Any = router.losses(record)
-    if not isinstance(own_losses, Mapping):
-        label = label_router(router.config.name)
-        raise RouterContractError(f"{label}: losses must return losses by name, got {describe_value(own_losses)}")
-    if own_losses and is_plugin(type(router.config)):
-        _check_names(own_losses, router)
-    for name in names:
-        is_own = name in own_losses
-        if not is_own and name not in LOSSES.names() and is_plugin(type(router.config)):
-            label = label_router(router.config.name)
-            raise RouterContractError(f"{label}: losses must return '{name}', which Facts.own_losses names")
-        try:
-            value = own_losses[name] if is_own else LOSSES.get(name).item(record)
-        except UsageError as error:  # the loss needs what the router does not have
-            if not is_plugin(type(router.config)):
-                raise
-            raise RouterContractError(f"{label_router(router.config.name)}: {error}") from error
-        if not (isinstance(value, PendingLoss) or (isinstance(value, Tensor) and value.dim() == 0)):
-            owner = f"{label_router(router.config.name)}: losses" if is_own else LOSSES.get(name).label
-            raise ContractError(f"{owner}: '{name}' must be a tensor without dimensions, got {describe_value(value)}")
-        yield value
-
-
-def _check_names(own_losses: Mapping[str, Any], router: Router) -> None:
-    """Raise RouterContractError for a loss that `Facts.own_losses` does not name."""
-    names = ROUTERS.get(router.config.name).facts.own_losses
-    for name in own_losses:
-        if name not in names:
-            label = label_router(router.config.name)
-            raise RouterContractError(f"{label}: losses returned '{name}', Facts.own_losses has {', '.join(names)}")
 
 
 def _identity(mean: Tensor) -> Tensor:

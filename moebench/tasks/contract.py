@@ -1,4 +1,4 @@
-"""The rules of a task that are checked where it is prepared; breaking one is a one-line error that names the file."""
+"""The rules of a task that are checked when it is prepared; an error is one line with the task's file."""
 
 from collections.abc import Iterator
 from numbers import Integral
@@ -18,7 +18,7 @@ TaskEntry = Entry[type[Task], TaskFacts]
 def read_source_digest(config: TaskConfig) -> str:
     """Return the digest of the data that a configuration names; raise ContractError unless it is a text."""
     entry = TASKS.get(config.name, where="task.name")
-    with entry.errors_of("source_digest"):
+    with entry.convert_errors("source_digest"):
         digest = entry.item.source_digest(config)
     if not (isinstance(digest, str) and digest):
         raise ContractError(f"{entry.label}: source_digest must return a text that identifies the data, got {digest!r}")
@@ -28,7 +28,7 @@ def read_source_digest(config: TaskConfig) -> str:
 def build_task(config: TaskConfig, cache: Path) -> Task:
     """Return a task with its data ready; raise ContractError, which names its file, for one that cannot be used."""
     entry = TASKS.get(config.name, where="task.name")
-    with entry.errors_of("prepare"):
+    with entry.convert_errors("prepare"):
         task = entry.item.prepare(config, cache)
     if entry.is_plugin:
         for problem in _list_attribute_problems(task, entry.facts):
@@ -37,7 +37,7 @@ def build_task(config: TaskConfig, cache: Path) -> Task:
 
 
 def _list_attribute_problems(task: object, facts: TaskFacts) -> Iterator[str]:
-    """Yield what is wrong with the values that shared code reads of a task."""
+    """Yield what is wrong with the attributes of a task that shared code reads."""
     if not isinstance(task, Task):
         yield f"prepare must return the task, an instance of its class, got {type(task).__name__}"
         return
@@ -72,9 +72,9 @@ def _is_count(value: object, smallest: int) -> bool:
 
 
 def list_batch_problems(batch: object, task: Task, facts: TaskFacts, num_sequences: int | None) -> Iterator[str]:
-    """Yield what is wrong with a batch, to follow the name of the method that returned it.
+    """Yield what is wrong with a batch, worded to follow the name of the method that returned it.
 
-    `num_sequences`: how many sequences it must have, all of trained domains; None: it is of an evaluation set.
+    `num_sequences`: the required number of sequences of a training batch; None: the batch is from an evaluation set.
     """
     if not isinstance(batch, Batch):
         yield f"must return a Batch, got {type(batch).__name__}"
@@ -99,7 +99,7 @@ def list_batch_problems(batch: object, task: Task, facts: TaskFacts, num_sequenc
 
 
 def _list_shape_problems(batch: Batch, size: int) -> Iterator[str]:
-    """Yield which tensors of a batch do not fit its input and its weights."""
+    """Yield which tensors of a batch do not have the shape that its input and its weights require."""
     if batch.input_BL.dim() < 2 or batch.weight_BP.dim() != 2:
         shapes = f"{list(batch.input_BL.shape)} and {list(batch.weight_BP.shape)}"
         yield f"must return input_BL of shape [B, L] or [B, L, width] and weight_BP of shape [B, P], got {shapes}"
@@ -124,11 +124,11 @@ def _list_shape_problems(batch: Batch, size: int) -> Iterator[str]:
 
 
 def _list_id_problems(input_BL: Tensor, name: str, vocab_size: int | None) -> Iterator[str]:
-    """Yield why an input holds no token ids of the vocabulary; nothing for vectors."""
-    if input_BL.is_floating_point():
+    """Yield what is wrong with token ids; nothing for vectors, which may have any type that the embedding accepts."""
+    if input_BL.is_floating_point() or input_BL.dim() > 2:
         return
     if input_BL.dtype != torch.int64:
-        yield f"must return {name} as int64 token ids, or as floating vectors, got {input_BL.dtype}"
+        yield f"must return {name} as int64 token ids [B, L], or as vectors [B, L, width], got {input_BL.dtype} [B, L]"
     elif vocab_size is not None and not 0 <= int(input_BL.min()) <= int(input_BL.max()) < vocab_size:
         yield (
             f"must return {name} with token ids from 0 to {vocab_size - 1} (vocab_size={vocab_size}), got"
@@ -137,7 +137,7 @@ def _list_id_problems(input_BL: Tensor, name: str, vocab_size: int | None) -> It
 
 
 def list_loss_problems(loss_BP: object, batch: Batch) -> Iterator[str]:
-    """Yield what is wrong with a loss but its values, to follow the name of the method; for every step."""
+    """Yield what is wrong with the type and shape of a loss, worded to follow the name of the method."""
     if not isinstance(loss_BP, Tensor):
         yield f"must return a tensor with one value for each prediction, got {type(loss_BP).__name__}"
     elif loss_BP.shape != batch.weight_BP.shape:

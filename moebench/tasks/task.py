@@ -30,7 +30,7 @@ class Batch:
     """
 
     input_BL: Tensor
-    """Input of the embedding: token ids [B, L] (int64), or vectors, patches or frames [B, L, width] (floating)."""
+    """Input of the embedding: token ids [B, L] (int64), or vectors, patches or frames [B, L, width] of any type."""
     target_BP: Tensor
     """Targets: token ids of each position (P = L), a class of the whole sequence (P = 1), vectors [B, P, width], or the
     symbols [B, S] of a transcript, whose loss is one number (P = 1)."""
@@ -61,7 +61,7 @@ class Batch:
     @property
     def token_id_BL(self) -> Tensor | None:
         """Token ids, which some routers read; None where the input is not made of tokens."""
-        return None if self.input_BL.is_floating_point() else self.input_BL
+        return self.input_BL if self.input_BL.dtype == torch.int64 and self.input_BL.dim() == 2 else None
 
     @property
     def num_predictions(self) -> int:

@@ -172,5 +172,10 @@ class Tracker:
         self._status = self._status.degrade(f"{reason}; {self._task['remedy']}")
 
 
+def format_tracker_problem(problem: str) -> str:
+    """Return the line that says what a tracker has missed: most problems name the tracker themselves."""
+    return problem if problem.startswith(("tracker ", "the tracker ")) else f"tracker: {problem}"
+
+
 def _ignore(status: TrackerStatus) -> None:
     pass

@@ -1,11 +1,11 @@
-"""Checks of plug-ins that would cost too much in every step: in the first training step and the first evaluation.
+"""Checks of plug-ins that are too slow for every step, made in the first training step and the first evaluation.
 
 No pass of a model may draw from a global random generator: the numbers would depend on what else the process has drawn,
 so a resumed run would not repeat itself. The checks compare the states of the generators before and after.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,10 @@ from torch.utils.hooks import RemovableHandle
 from moebench.plugin_errors import ContractError
 from moebench.registry import Entry
 from moebench.routing.contract import find_routing_problem
+from moebench.routing.layer_losses import check_own_losses
 from moebench.routing.losses import LOSSES
 from moebench.routing.router import ROUTERS, Router
+from moebench.routing.values import LayerRecord
 from moebench.schema import CellConfig
 from moebench.tasks.task import TASKS
 from moebench.training.model import Model
@@ -27,7 +29,7 @@ ADVICE = "draw from the generator that is passed in (ctx.uniform, ctx.normal, ct
 
 
 class FirstPasses:
-    """Watches the first pass of each kind in this process; nothing where a cell has no plug-in."""
+    """Checks the first training step and the first evaluation of this process if the cell has a plug-in."""
 
     def __init__(self, config: CellConfig, model: Model) -> None:
         self.model = model
@@ -36,10 +38,14 @@ class FirstPasses:
         entries += [LOSSES.get(name) for name in config.router.losses if name in LOSSES.names()]
         self.plugins = [entry for entry in entries if entry.is_plugin]
         self.watched: set[str] = set()
+        self.has_checked_losses = False
 
     @contextlib.contextmanager
     def watch(self, kind: str) -> Iterator[None]:
-        """Raise ContractError, which names the plug-in's file, for draws and wrong routings in the first pass."""
+        """Check the first pass of a kind ("training", "evaluation") that runs in the block.
+
+        Raises ContractError, which names the plug-in's file, for draws from global generators and for wrong routings.
+        """
         if not self.plugins or kind in self.watched:
             yield
             return
@@ -54,8 +60,16 @@ class FirstPasses:
         owners = ", ".join(entry.label for entry in self.plugins)
         _refuse_draws(before, device, f"{owners}: {kind}")
 
+    def check_losses(self, records: Sequence[LayerRecord]) -> None:
+        """Raise ContractError for a loss of a plug-in router that breaks a rule; call with the first pass's records."""
+        if not self.router.is_plugin or self.has_checked_losses or not self.router.facts.own_losses:
+            return
+        self.has_checked_losses = True
+        for layer, record in zip(self.model.backbone.moe_layers(), records, strict=True):
+            check_own_losses(layer.router, record)
+
     def _register_hooks(self, device: torch.device) -> Iterator[RemovableHandle]:
-        """Watch the modules of plug-ins, so that a message names the one that is wrong."""
+        """Check each module of a plug-in separately, so that a message names the one that is wrong."""
         if self.router.is_plugin:
             for layer in self.model.backbone.moe_layers():
                 yield from _watch_module(layer.router, device, f"{self.router.label}: forward")
@@ -79,10 +93,10 @@ def _watch_module(module: nn.Module, device: torch.device, label: str) -> Iterat
 
 
 def _check_routing(entry: Entry[Any, Any], router: nn.Module, arguments: tuple[Any, ...], routing: Any) -> None:
-    """Check the values of a routing whose type was not yet checked, by the rules for its type."""
+    """Check the values of a routing. A forward hook: it runs before `check_routing`, which checks the type."""
     assert isinstance(router, Router)
     if not hasattr(routing, "num_tokens"):
-        return  # `check_routing` says so
+        return  # not a routing: `check_routing` raises the error
     problem = find_routing_problem(routing, len(arguments[0]), router.num_experts)
     if problem:
         raise ContractError(f"{entry.label}: forward {problem}")
@@ -105,6 +119,7 @@ def _read_numpy_state() -> Tensor:
 
 
 def _refuse_draws(before: dict[str, Tensor], device: torch.device, label: str) -> None:
+    """Raise ContractError, which begins with `label`, if a generator's state has changed."""
     after = _read_states(device)
     for name, state in before.items():
         if not torch.equal(state, after[name]):

@@ -109,6 +109,7 @@ class CellModule(lightning.LightningModule):
         with self.first_passes.watch("training"):
             outputs, records = self.run_passes(batch, ctx)
             objective, records = self.compute_loss(batch, outputs, records, normalizer)
+            self.first_passes.check_losses(records[0])
         self.objectives.append(objective.detach())
         self.records += records
         return objective.total

@@ -9,7 +9,7 @@ from torch import Tensor
 from moebench.experts.layer import MoELayer
 from moebench.ranks import Ranks
 from moebench.routing.contract import check_objective
-from moebench.routing.losses import compute_losses_of_layers
+from moebench.routing.layer_losses import compute_losses_of_layers
 from moebench.routing.values import LayerRecord
 from moebench.tasks.task import Batch
 

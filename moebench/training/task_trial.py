@@ -19,28 +19,28 @@ from moebench.tasks.task import TASKS, Batch, LabelKind, Task
 
 NUM_SEQUENCES = 2
 MAX_PARAMETERS = 2**26
-"""Parameters of embedding and head up to which they are built; those of larger ones are not worth the memory."""
+"""Embedding and head are built only up to this number of parameters: larger ones need too much memory."""
 BUGS = (TypeError, LookupError, AttributeError, NameError, NotImplementedError)
-"""Errors of code, which no other evaluation set would avoid."""
+"""Errors in the code, which a trained model would raise too."""
 
 
 def try_task(config: CellConfig, task: Task) -> None:
-    """Try the task of a cell; raise ContractError, which names its file, for a rule that it breaks.
+    """Try the task of a cell if it is a plug-in; built-in tasks are checked by the tests.
 
-    Tasks of moebench itself are checked by tests.
+    Raises ContractError, which names the task's file and the rule that it breaks.
     """
     entry = TASKS.get(config.task.name)
     if not entry.is_plugin:
         return
     trial = _Trial(entry=entry, config=config, task=task)
-    train = trial.draw_training()
-    evaluated = [trial.draw_evaluation(split) for split in ("validation", "test")]
+    train = trial.draw_training_batch()
+    evaluated = [trial.draw_evaluation_batch(split) for split in ("validation", "test")]
     for batch in evaluated:
         trial.check_labels(batch)
     modules = trial.build_modules()
     if modules is not None:
         trial.check_loss(modules, train)
-        trial.check_quality(modules, evaluated[-1])
+        trial.check_quality(modules, evaluated[-1], "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +54,11 @@ class _Trial:
         for problem in problems:
             raise ContractError(f"{self.entry.label}: {f'{method} {problem}'.strip()}")
 
-    def draw_training(self) -> Batch:
-        """Return the first sequences of the first training batch, which depend on nothing but the arguments."""
+    def draw_training_batch(self) -> Batch:
+        """Return the first sequences of the first training batch; refuse batches that are not reproducible."""
         size, seed = self.config.train.batch_size, self.config.seed
         number = min(NUM_SEQUENCES, size)
-        with self.entry.errors_of("train_batch"):
+        with self.entry.convert_errors("train_batch"):
             part = self.task.train_batch(size, seed, 0, slice(0, number))
             self.refuse(
                 list_batch_problems(part, self.task, self.entry.facts, number), "train_batch with part=slice(0, 2)"
@@ -68,23 +68,23 @@ class _Trial:
         self.refuse(list_batch_problems(whole, self.task, self.entry.facts, size), "train_batch")
         if not _are_equal(part, again):
             self.refuse(
-                ["must be a function of its arguments; drawn twice, a batch differs (seeds.make_generator)"],
+                ["must be a function of its arguments: two calls return different batches (use seeds.make_generator)"],
                 "train_batch",
             )
         if not _are_equal(part, whole.part(Span(start=0, length=number, total=size))):
             self.refuse(
-                ["must return the sequences `part` of the batch; with slice(0, 2) they are others"], "train_batch"
+                ["must return the sequences `part` of the batch; with slice(0, 2) it returned others"], "train_batch"
             )
-        with self.entry.errors_of("count_positions"):
+        with self.entry.convert_errors("count_positions"):
             positions: object = self.task.count_positions(size, seed, 0)
         if not isinstance(positions, Integral):
             self.refuse([f"must return a whole number, got {positions!r}"], "count_positions")
         return part
 
-    def draw_evaluation(self, split: str) -> Batch:
-        """Return the first sequences of an evaluation set, which is the same each time."""
+    def draw_evaluation_batch(self, split: str) -> Batch:
+        """Return the first sequences of an evaluation set; refuse a set that is not the same in each call."""
         method, size = f"eval_batches('{split}')", self.config.train.batch_size
-        with self.entry.errors_of(method):
+        with self.entry.convert_errors(method):
             batches, again = (self.task.eval_batches(split, size) for _ in range(2))
             if not _has_items(batches) or not len(batches):
                 self.refuse([f"must return a sequence of batches, at least one, got {_describe(batches)}"], method)
@@ -92,7 +92,7 @@ class _Trial:
             for batch in (first, last):
                 self.refuse(list_batch_problems(batch, self.task, self.entry.facts, None), method)
             if not _are_equal(first, again[0]):
-                self.refuse(["must return the same set each time; drawn twice, its first batch differs"], method)
+                self.refuse(["must return the same set each time; the first batches of two calls differ"], method)
         for batch in (first, last):
             is_held_out_B = batch.domain_B >= self.task.num_trained_domains
             if bool(is_held_out_B.any()) and not bool(is_held_out_B.all()):
@@ -101,8 +101,8 @@ class _Trial:
         return first.part(Span(start=0, length=min(NUM_SEQUENCES, total), total=total))
 
     def check_labels(self, batch: Batch) -> None:
-        """Refuse kinds of labels that cannot be counted."""
-        with self.entry.errors_of("label_kinds"):
+        """Refuse kinds of labels whose values are not valid."""
+        with self.entry.convert_errors("label_kinds"):
             kinds: Any = self.task.label_kinds()
             for kind in kinds:
                 if not isinstance(kind, LabelKind):
@@ -114,7 +114,7 @@ class _Trial:
                     self.refuse([f"must read labels from 0 to {limit} of kind '{kind.name}'"], "label_kinds")
 
     def build_modules(self) -> tuple[nn.Module, nn.Module] | None:
-        """Return embedding and head with their first weights; None where they are too large."""
+        """Return embedding and head with their initial weights; None if they are too large."""
         with build_without_storage():
             if sum(parameter.numel() for part in self._build() for parameter in part.parameters()) > MAX_PARAMETERS:
                 return None
@@ -127,7 +127,7 @@ class _Trial:
     def _build(self) -> tuple[nn.Module, nn.Module]:
         d_model, modules = self.config.model.d_model, []
         for name in ("build_embedding", "build_head"):
-            with self.entry.errors_of(name):
+            with self.entry.convert_errors(name):
                 module = getattr(self.task, name)(d_model)
             if not isinstance(module, nn.Module):
                 self.refuse([f"must return a torch.nn.Module, got {_describe(module)}"], name)
@@ -135,11 +135,11 @@ class _Trial:
         return modules[0], modules[1]
 
     def _compute_output(self, modules: tuple[nn.Module, nn.Module], batch: Batch) -> object:
-        """Return what the head makes of embedded inputs, without the blocks between them."""
+        """Return the output of the head for the embedded inputs, without the blocks between them."""
         if self.entry.facts.is_encoder_decoder:
             batch = batch.decoder_batch
         embedding, head = modules
-        with self.entry.errors_of("the module of build_embedding"):
+        with self.entry.convert_errors("the module of build_embedding"):
             x_BLD = embedding(batch.input_BL)
         shape = (*batch.input_BL.shape[:2], self.config.model.d_model)
         if not isinstance(x_BLD, Tensor) or x_BLD.shape != shape:
@@ -148,13 +148,13 @@ class _Trial:
             )
         if not x_BLD.requires_grad and torch.is_grad_enabled():
             x_BLD = x_BLD.detach().requires_grad_()  # as after the blocks, whose parameters are trained
-        with self.entry.errors_of("the module of build_head"):
+        with self.entry.convert_errors("the module of build_head"):
             return head(x_BLD)
 
     def check_loss(self, modules: tuple[nn.Module, nn.Module], batch: Batch) -> None:
-        """Refuse a loss that is not finite, or that cannot be differentiated."""
+        """Refuse a loss that is not finite or cannot be differentiated."""
         output = self._compute_output(modules, batch)
-        with self.entry.errors_of("loss"):
+        with self.entry.convert_errors("loss"):
             loss_BP = self.task.loss(output, batch)
         self.refuse(list_loss_problems(loss_BP, batch), "loss")
         counted_N = loss_BP.flatten() if batch.count_BP is None else loss_BP[batch.count_BP > 0]
@@ -165,11 +165,36 @@ class _Trial:
             self.refuse(["must have a gradient for what the head reads, or for its parameters"], "loss")
 
     @torch.no_grad()
-    def check_quality(self, modules: tuple[nn.Module, nn.Module], batch: Batch) -> None:
-        """Refuse sums and metrics of an evaluation that cannot be recorded."""
+    def check_quality(self, modules: tuple[nn.Module, nn.Module], batch: Batch, split: str) -> None:
+        """Refuse sums and metrics of an evaluation that cannot be recorded.
+
+        `batch`: a few sequences of the evaluation set. Where they do not suffice, the whole set decides.
+        """
+        sums = self._compute_sums(modules, batch)
+        try:
+            self._check_metrics(self._compute_quality(sums))
+        except ContractError:  # such as a correlation, which two sequences do not have
+            with self.entry.convert_errors(f"eval_batches('{split}')"):
+                batches = self.task.eval_batches(split, self.config.train.batch_size)
+            of_batches = [self._compute_sums(modules, each) for each in batches]
+            sums = {name: torch.stack([each[name] for each in of_batches]).sum(0) for name in of_batches[0]}
+            try:
+                quality = self._compute_quality(sums)
+            except ContractError as error:
+                if isinstance(error.__cause__, BUGS):
+                    raise
+                return  # it may need a trained model
+            self._check_metrics(quality)
+
+    def _compute_quality(self, sums: Mapping[str, Tensor]) -> object:
+        with self.entry.convert_errors("compute_quality"):
+            return self.task.compute_quality(sums)
+
+    def _compute_sums(self, modules: tuple[nn.Module, nn.Module], batch: Batch) -> dict[str, Tensor]:
+        """Return the sums over the sequences of each domain."""
         output = self._compute_output(modules, batch)
         size, sums = len(batch.domain_B), {}
-        with self.entry.errors_of("compute_sums"):
+        with self.entry.convert_errors("compute_sums"):
             of_sequences = self.task.compute_sums(output, batch)
             items = of_sequences.items()
         for name, value in items:
@@ -180,14 +205,7 @@ class _Trial:
                 )
             zeros = torch.zeros(len(self.task.domains), *value.shape[1:], dtype=torch.float64)
             sums[name] = zeros.index_add(0, batch.domain_B, value.double())
-        try:
-            with self.entry.errors_of("compute_quality"):
-                quality = self.task.compute_quality(sums)
-        except ContractError as error:
-            if isinstance(error.__cause__, BUGS):
-                raise
-            return  # it may need the whole set
-        self._check_metrics(quality)
+        return sums
 
     def _check_metrics(self, quality: object) -> None:
         metric = self.entry.facts.metric
@@ -213,12 +231,12 @@ def _are_equal(one: Batch, other: Batch) -> bool:
 
 
 def _has_equal_values(one: Tensor, other: Tensor) -> bool:
-    """Return whether two tensors are equal; targets that are missing, and not counted, may be NaN in both."""
+    """Return whether two tensors are equal; NaN, which marks targets that are not counted, is equal to itself."""
     return one.dtype == other.dtype and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def _has_items(value: object) -> bool:
-    """Return whether a value has a length and items by index, as a sequence has, of whatever class."""
+    """Return whether a value has a length and items by index, as sequences of any class have."""
     return hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, Mapping | Tensor)
 
 

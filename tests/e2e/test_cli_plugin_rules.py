@@ -32,11 +32,23 @@ REFUSED = {
         ("run", "./tiny.yaml", "--foreground", "switch", *TASK_KEYS, *GRID),
         ["task 'broken'", "train_batch must be a function of its arguments"],
     ),
+    "a task that ends the process": (
+        TASK,
+        ("        return cls(config)\n", "        raise SystemExit(0)\n"),
+        ("plan", "./tiny.yaml", *TASK_KEYS, *GRID),
+        ["task 'broken'", "prepare: SystemExit: 0 (line"],
+    ),
     "a router whose cost cannot be computed": (
         ROUTER,
         ("    def forward(", "    def linear_maps(self):\n        raise KeyError('map')\n\n    def forward("),
         ("plan", "./tiny.yaml", "grid.router=[broken]", "baseline=broken", "train.mup_base_width=8"),
         ["KeyError: 'map'"],
+    ),
+    "a router that ends the process": (
+        ROUTER,
+        ("    def forward(", "    def linear_maps(self):\n        raise SystemExit(0)\n\n    def forward("),
+        ("plan", "./tiny.yaml", "grid.router=[broken]", "baseline=broken", "train.mup_base_width=8"),
+        ["SystemExit: 0"],
     ),
 }
 

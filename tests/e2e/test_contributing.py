@@ -15,7 +15,7 @@ TEXT = ["task.data.path=text", "task.data.tokenizer=bytes"]
 
 
 def test_the_page_has_a_block_for_each_kind() -> None:
-    assert sorted(BLOCKS) == ["my_layout.py", "my_router.py", "my_task.py"]
+    assert sorted(BLOCKS) == ["my_layout.py", "my_loss.py", "my_router.py", "my_task.py"]
 
 
 @pytest.mark.parametrize(
@@ -23,11 +23,8 @@ def test_the_page_has_a_block_for_each_kind() -> None:
     [
         ("my_router.py", [*TEXT, "grid.router=[my_router]"], ["my_router"]),
         ("my_layout.py", [*TEXT, "base.layout={name: top_only, num_experts: 4}", "grid.router=[switch]"], ["switch"]),
-        (
-            "my_task.py",
-            ["base.task={name: repeat}", "model.tie_embeddings=false", "grid.router=[dense,hash]"],
-            ["dense", "hash"],
-        ),
+        ("my_loss.py", [*TEXT, "grid.router=[{name: top_k, losses: {logit_square: 0.1}}]"], ["top_k"]),
+        ("my_task.py", ["base.task={name: repeat}", "grid.router=[dense,hash]"], ["dense", "hash"]),
     ],
 )
 def test_a_block_runs_as_a_plugin(

@@ -61,11 +61,11 @@ def test_every_fault_is_reported_and_the_next_call_repairs(cli: CommandLine, war
     assert results.statuses() == {("dense", 0): "done", **{(arm, 0): "failed" for arm in ARMS}}
     errors = {arm: results.result(arm, 0)["error"] for arm in ARMS}
     assert re.fullmatch(r"RuntimeError: the router failed in two lines \(.*faulty\.py:\d+\)", errors["raise"])
-    assert "exit code 3" in errors["exit"]
+    assert re.fullmatch(r"SystemExit: 3 \(.*faulty\.py:\d+\)", errors["exit"])
     assert "SIGSEGV" in errors["die"]
     assert errors["nan"].startswith("loss is nan at step 6")
     faults = {arm: results.result(arm, 0)["fault"] for arm in ARMS}
-    assert faults == {"raise": "own", "exit": "outside", "die": "outside", "nan": "diverged"}
+    assert faults == {"raise": "own", "exit": "own", "die": "outside", "nan": "diverged"}
     reported = {cell["id"]: cell for cell in ended.json["failed"]}
     for arm, error in errors.items():
         folder = results.folder(arm, 0)

@@ -165,7 +165,7 @@ def test_the_mixture_in_triton_equals_that_of_operators(
     again = differentiate(lambda: bank.mixture(x_TD, routing), leaves)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(first, again, strict=True))
     del again
-    monkeypatch.setenv(backend.SWITCH, "torch")
+    monkeypatch.setenv(backend.VARIABLE, "torch")
     operators = differentiate(lambda: bank.mixture(x_TD, routing), leaves)
     for ours, theirs in zip(first, operators, strict=True):
         assert ours.isfinite().all()

@@ -63,7 +63,7 @@ def test_the_kernel_chooses_what_torch_chooses(
         first = differentiate(logits_TE, rule, bias_E)
     again = differentiate(logits_TE, rule, bias_E)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    monkeypatch.setenv(backend.SWITCH, "torch")
+    monkeypatch.setenv(backend.VARIABLE, "torch")
     same_T = (first[0] == differentiate(logits_TE, rule, bias_E)[0]).all(-1)
     # Of scores that are rounded in the last bits, a few are on the other side of a boundary of a quantum.
     assert same_T.all() or (rule.ranks_scores and same_T.double().mean() > 0.99)
@@ -103,9 +103,9 @@ def test_plans_are_those_of_torch(device: torch.device, monkeypatch: pytest.Monk
     rule, logits_TE = TopKRule(top_k=3), draw(num_tokens, 16, device=device)
     for holes in (False, True):
         plans, loads = [], []
-        for switch in (None, "torch"):
-            if switch is not None:
-                monkeypatch.setenv(backend.SWITCH, switch)
+        for choice in (None, "torch"):
+            if choice is not None:
+                monkeypatch.setenv(backend.VARIABLE, choice)
             expert_TK, weight_TK, _ = choose_top_k(logits_TE, rule)
             routing = Routing.from_top_k(expert_TK, weight_TK, num_experts=16)
             if holes:

@@ -1,6 +1,7 @@
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,7 +60,7 @@ def test_wrong_name_is_refused_with_the_nearest() -> None:
         ROUTERS.get("swich", where="router.name")
     message = str(caught.value)
     assert message.startswith("router.name: 'swich' is unknown. Did you mean 'switch'?")
-    assert message.endswith(f"Allowed: {', '.join(ROUTERS.names())}")
+    assert message.endswith(f"Allowed: {', '.join(ROUTERS.names())} (and those of a file given by --plugin)")
     with pytest.raises(UsageError, match=r"^router: 'zzz' is unknown\. Allowed: "):
         ROUTERS.get("zzz")
 
@@ -219,3 +220,25 @@ def test_a_run_needs_the_plugin_that_it_was_trained_with(tmp_path: Path) -> None
         UsageError, match=r"run abc was trained with a different version of the plug-in .*trained_with\.py"
     ):
         require_plugins([path], ["0" * 64], "run abc")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("frozen=True, kw_only=True", "kw_only=True", "cannot inherit non-frozen dataclass from a frozen one"),
+        ("(frozen=True, kw_only=True)", "", "cannot inherit non-frozen dataclass from a frozen one"),
+        ("frozen=True, kw_only=True", "frozen=True", "non-default argument 'depth' follows default argument"),
+    ],
+)
+def test_a_config_that_dataclass_refuses_names_the_rule(plugin: Any, old: str, new: str, reason: str) -> None:
+    text = ROUTER.replace("depth: int = 3", "depth: int").replace(old, new)
+    path = plugin.write(f"{text}# {plugin.folder}\n", name="my_router.py")
+    message = load_error(path)
+    rule = rf"{re.escape(path)}:\d+: a Config must be decorated with @dataclass\(frozen=True, kw_only=True\)"
+    assert re.match(rule, message)
+    assert reason in message
+
+
+def test_another_type_error_of_a_plugin_is_reported_as_it_is(plugin: Any) -> None:
+    path = plugin.write("max(1)\n", name="my_router.py")
+    assert load_error(path) == f"--plugin {path}: TypeError: 'int' object is not iterable (line 1)"

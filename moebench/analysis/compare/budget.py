@@ -49,7 +49,7 @@ def list_misses(arm: ArmSummary) -> list[str]:
     phases = {"train_flops_per_token": "in training", "eval_flops_per_token": "on the test split"}
     errors = {phase: compute_error(arm, name) for name, phase in phases.items()}
     return [
-        f"{100 * error:+.1f} % {phase}"
+        f"{format_signed(100 * error, 1)} % {phase}"
         for phase, error in errors.items()
         if error is not None and abs(error) > TOLERANCE + 1e-9
     ]

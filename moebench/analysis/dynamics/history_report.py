@@ -9,7 +9,7 @@ from moebench.analysis.dynamics.history import NUM_RANDOM, CheckpointMeasure, Hi
 from moebench.analysis.specialisation.figures import select_layers
 from moebench.errors import build_unknown_error
 from moebench.reporting.canvas import GREY, line_style, new_figure
-from moebench.reporting.formatting import MISSING
+from moebench.reporting.formatting import MISSING, format_number
 from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table, number_columns
 
@@ -69,7 +69,7 @@ def _format_checkpoint(measure: CheckpointMeasure) -> tuple[str, ...]:
     return (
         str(measure.step),
         *map(_format_share, shares),
-        *(MISSING if value is None else f"{value:.3f}" for value in cosines),
+        *(MISSING if value is None else format_number(value, 3) for value in cosines),
         _format_share(measure.coactivation),
         _format_share(measure.random_mean),
     )

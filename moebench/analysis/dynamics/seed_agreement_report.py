@@ -5,7 +5,7 @@ from pathlib import Path
 from moebench.analysis.dynamics.seed_agreement import NUM_PERMUTATIONS, SeedAgreement
 from moebench.errors import build_unknown_error
 from moebench.reporting.canvas import GREY, PALETTE, new_figure
-from moebench.reporting.formatting import MISSING, format_plural
+from moebench.reporting.formatting import MISSING, format_number, format_plural
 from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table, number_columns
 
@@ -21,8 +21,8 @@ def build_agreement_report(result: SeedAgreement, layer: str | None = None) -> R
             name,
             f"{100 * value.agreement:.1f} %",
             f"{100 * value.chance:.1f} %",
-            f"{value.corrected:.3f}",
-            MISSING if value.interval is None else f"{value.interval[0]:.3f} to {value.interval[1]:.3f}",
+            format_number(value.corrected, 3),
+            MISSING if value.interval is None else " to ".join(format_number(bound, 3) for bound in value.interval),
             value.verdict,
         )
         for name, value in result.layers.items()

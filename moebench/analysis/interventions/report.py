@@ -12,7 +12,7 @@ from moebench.analysis.interventions.ablations import ALL_LAYERS, Ablation, Abla
 from moebench.analysis.interventions.effect import Effect
 from moebench.errors import build_unknown_error
 from moebench.reporting.canvas import GREY, line_style, new_figure
-from moebench.reporting.formatting import MISSING, format_number
+from moebench.reporting.formatting import MISSING, format_number, format_signed
 from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table, number_columns
 
@@ -123,7 +123,7 @@ def _build_label_table(result: Ablations, layer: str | None, kind: str | None) -
             str(each.ablation.target.expert),
             f"{each.kind}: {each.label}",
             *_format_effect(each.effect, result.num_label_tests),
-            f"{each.ablation.effect.change:+.4f}",
+            format_signed(each.ablation.effect.change, 4),
         )
         for each in largest[:MAX_ROWS]
     ]
@@ -157,7 +157,8 @@ def _key_columns(*headers: str) -> tuple[Column, ...]:
 
 def _format_effect(effect: Effect, num_comparisons: int) -> tuple[str, str]:
     interval = effect.interval(num_comparisons)
-    return f"{effect.change:+.4f}", MISSING if interval is None else f"{interval[0]:+.4f} to {interval[1]:+.4f}"
+    bounds = MISSING if interval is None else " to ".join(format_signed(bound, 4) for bound in interval)
+    return format_signed(effect.change, 4), bounds
 
 
 def _metric(ablation: Ablation, result: Ablations) -> str:

@@ -15,8 +15,8 @@ from moebench.routing.assignment import solve_balanced_assignment
 from moebench.routing.context import DataSummary
 from moebench.routing.contract import build_router, check_routing
 from moebench.routing.features.token_labels import TokenLabels
+from moebench.routing.layer_losses import compute_raw_losses
 from moebench.routing.layer_name import LayerName
-from moebench.routing.losses import compute_raw_losses
 from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.router import ROUTERS, Router, RouterBuildContext
 from moebench.routing.values import AnyRouting, LayerRecord, Routing

@@ -1,4 +1,4 @@
-"""What computes selections, sorts and all between the matrix products: Triton's kernels, liger-kernel's, or torch."""
+"""Choose what computes selections, sorts and everything between the matrix products: Triton, liger-kernel or torch."""
 
 import functools
 import importlib.util
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from moebench.errors import UsageError, build_unknown_error
 
-SWITCH = "MOEBENCH_KERNELS"
+VARIABLE = "MOEBENCH_KERNELS"
 """Environment variable that names one of `CHOICES`; without it, `auto`."""
 CHOICES = {
     "auto": "Triton's kernels on a GPU for which they compile, elsewhere torch's operators",
     "torch": "torch's operators everywhere",
-    "triton": "Triton's kernels, on a GPU alone",
-    "liger": "SwiGLU by the kernels of liger-kernel, everything else by Triton's, on a GPU alone",
+    "triton": "Triton's kernels, on a GPU only",
+    "liger": "SwiGLU by the kernels of liger-kernel, everything else by Triton's, on a GPU only",
     "interpret": "Triton's kernels on a CPU by its interpreter, for tests: TRITON_INTERPRET=1 when the process starts",
 }
 NEEDS_GPU = ("triton", "liger")
@@ -27,37 +27,37 @@ MIN_CAPABILITY = (8, 0)
 
 def read_choice() -> str:
     """Return the choice of this process; raise UsageError for an unknown one."""
-    choice = os.environ.get(SWITCH) or "auto"
+    choice = os.environ.get(VARIABLE) or "auto"
     if choice not in CHOICES:
-        raise build_unknown_error(SWITCH, choice, CHOICES)
+        raise build_unknown_error(VARIABLE, choice, CHOICES)
     return choice
 
 
 def require_kernels(*, on_gpu: bool) -> None:
-    """Raise UsageError where the chosen kernels cannot be used: they lack a package, or the GPU."""
+    """Raise UsageError if the chosen kernels cannot be used because a package or the GPU is missing."""
     choice = read_choice()
     if choice in NEEDS_GPU and not on_gpu:
         raise UsageError(
-            f"{SWITCH}: '{choice}' was given, and its kernels need a GPU (allowed on a CPU: auto, torch, interpret)"
+            f"{VARIABLE}: '{choice}' was given, and its kernels need a GPU (allowed on a CPU: auto, torch, interpret)"
         )
     if choice in (*NEEDS_GPU, "interpret") and not is_installed("triton"):
-        raise UsageError(f"{SWITCH}: '{choice}' was given, and triton is not installed (allowed: auto, torch)")
+        raise UsageError(f"{VARIABLE}: '{choice}' was given, and triton is not installed (allowed: auto, torch)")
     if choice == "interpret" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UsageError(
-            f"{SWITCH}: 'interpret' was given without TRITON_INTERPRET=1, which Triton reads when it starts"
+            f"{VARIABLE}: 'interpret' was given without TRITON_INTERPRET=1, which Triton reads when it starts"
         )
     if choice == "liger" and not is_installed("liger_kernel"):
         raise UsageError(
-            f"{SWITCH}: 'liger' was given, and liger-kernel is not installed (pip install liger-kernel; allowed"
+            f"{VARIABLE}: 'liger' was given, and liger-kernel is not installed (pip install liger-kernel; allowed"
             " without it: auto, torch, triton)"
         )
 
 
 def uses_triton(tensor: Tensor) -> bool:
-    """Return whether Triton's kernels take a tensor, or liger-kernel's: on a GPU, or by the interpreter in tests.
+    """Return whether a tensor is computed by kernels in Triton: on a GPU, or by the interpreter in tests.
 
-    While a graph is traced the answer is no: the compiler makes kernels of its own from torch's operators. Raises
-    UsageError where the choice of this process cannot be used.
+    False while torch.compile traces a graph: the compiler generates its own kernels from torch's operators. Raises
+    UsageError if the choice of this process cannot be used.
     """
     if torch.compiler.is_compiling() or tensor.dtype not in DTYPES or tensor.device.type not in ("cpu", "cuda"):
         return False
@@ -67,19 +67,19 @@ def uses_triton(tensor: Tensor) -> bool:
         return choice == "interpret"
     has_kernels = choice != "torch" and is_installed("triton") and compiles_kernels(tensor.device)
     if choice in NEEDS_GPU and not has_kernels:
-        raise UsageError(f"{SWITCH}: '{choice}' was given, and Triton compiles no kernel here (allowed: auto, torch)")
+        raise UsageError(f"{VARIABLE}: '{choice}' was given, and Triton compiles no kernel here (allowed: auto, torch)")
     return has_kernels
 
 
 @functools.cache
 def is_installed(module: str) -> bool:
-    """Return whether a module is there, without importing it: triton takes as long as half of torch."""
+    """Return whether a module is installed, without importing it: triton takes half as long as torch."""
     return importlib.util.find_spec(module) is not None
 
 
 @functools.cache
 def compiles_kernels(device: torch.device) -> bool:
-    """Return whether a kernel can be compiled for a GPU, which needs a C compiler; the host does not wait for it."""
+    """Return whether kernels can be compiled for a GPU, which needs a C compiler; does not wait for the device."""
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return False
     from moebench.routing.kernels.gpu import counting_sort

@@ -20,7 +20,7 @@ from moebench.routing.kernels import backend
 
 def choose(monkeypatch: pytest.MonkeyPatch, choice: str, *missing: str) -> None:
     """Set the choice; `missing`: modules that are not installed."""
-    monkeypatch.setenv(backend.SWITCH, choice)
+    monkeypatch.setenv(backend.VARIABLE, choice)
     monkeypatch.setattr(backend, "is_installed", lambda module: module not in missing)
 
 

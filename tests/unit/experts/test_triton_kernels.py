@@ -37,7 +37,7 @@ def interpreter() -> Iterator[None]:
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("where there is a GPU, tests/gpu/test_gpu_kernels.py runs the kernels")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv(backend.SWITCH, "interpret")
+        monkeypatch.setenv(backend.VARIABLE, "interpret")
         yield
 
 
@@ -58,7 +58,7 @@ def test_the_kernels_run_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) 
     assert elementwise.row_kernels(x_TD) is not row_operators
     assert elementwise.activation_kernels(x_TD) is not activation_operators
     assert elementwise.row_kernels(x_TD.double()) is row_operators  # they compute in fp32
-    monkeypatch.delenv(backend.SWITCH)
+    monkeypatch.delenv(backend.VARIABLE)
     assert elementwise.row_kernels(x_TD) is row_operators
     assert not backend.uses_triton(torch.zeros(1, device="meta"))
 
@@ -221,8 +221,8 @@ def test_weighted_rows_are_those_of_torch(
     w_out_EFD = (0.3 * draw(3, width, 13, dtype=dtype)).requires_grad_()
     experts = WeightedExperts(w_in_EDF=w_in_EDF, w_out_EFD=w_out_EFD, activation=activation)
     results = []
-    for switch in ("interpret", "torch"):
-        monkeypatch.setenv(backend.SWITCH, switch)
+    for choice in ("interpret", "torch"):
+        monkeypatch.setenv(backend.VARIABLE, choice)
         y_RD = experts(x_RD, weight_R, torch.tensor(load))
         leaves = [x_RD, weight_R, w_in_EDF, w_out_EFD]
         results.append([y_RD, *torch.autograd.grad(y_RD.float().square().sum(), leaves)])

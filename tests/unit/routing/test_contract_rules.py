@@ -131,7 +131,7 @@ PLANNING = {
     "a forward without the context": (
         "def forward(self, x_TD: Tensor, ctx: RouteContext)",
         "def forward(self, x_TD: Tensor)",
-        ["forward must take (x_TD, ctx), got forward(self, x_TD"],
+        ["my_router.py:", "forward must take (x_TD, ctx), got forward(self, x_TD)"],
     ),
     "losses that the facts do not name": (
         METHOD,

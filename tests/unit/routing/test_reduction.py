@@ -8,7 +8,7 @@ from support.cases import Case, Tokens, run
 from torch import Tensor
 
 from moebench.ranks import SingleRank, sum_together
-from moebench.routing.losses import compute_losses_of_layers
+from moebench.routing.layer_losses import compute_losses_of_layers
 from moebench.routing.reduction import PendingLoss, average_losses, reduce_record, resolve_losses
 from moebench.routing.values import LayerRecord
 

@@ -55,7 +55,7 @@ def interpreter() -> Iterator[None]:
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("where there is a GPU, tests/gpu/test_gpu_routing_kernels.py runs the kernels")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setenv(backend.SWITCH, "interpret")
+        monkeypatch.setenv(backend.VARIABLE, "interpret")
         yield
 
 
@@ -67,8 +67,8 @@ def choose_both(logits_TE: Tensor, rule: TopKRule, **options: Any) -> list[tuple
     """Return what the kernel chooses, and what torch's operators choose."""
     results = []
     with pytest.MonkeyPatch.context() as monkeypatch:
-        for switch in ("interpret", "torch"):
-            monkeypatch.setenv(backend.SWITCH, switch)
+        for choice in ("interpret", "torch"):
+            monkeypatch.setenv(backend.VARIABLE, choice)
             results.append(choose_top_k(logits_TE, rule, **options))
     return results
 
@@ -225,8 +225,8 @@ def test_plans_are_those_of_torch(routing: Routing, on_gpu: bool) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         if on_gpu:
             monkeypatch.setattr(dispatch_module, "group_rows", group_rows_as_on_a_gpu)
-        for switch in ("interpret", "torch"):
-            monkeypatch.setenv(backend.SWITCH, switch)
+        for choice in ("interpret", "torch"):
+            monkeypatch.setenv(backend.VARIABLE, choice)
             routing._counts.clear()
             plans.append(DispatchPlan.of(routing))
         ours, theirs = plans
@@ -285,8 +285,8 @@ def test_routers_use_the_kernel(
         for index, tensor in enumerate([*router.parameters(), *router.buffers()]):
             tensor.copy_(draw(index + 1, *tensor.shape)[0] / 4)
     x_TD, results = draw(21, 8), []
-    for switch in ("interpret", "torch"):
-        monkeypatch.setenv(backend.SWITCH, switch)
+    for choice in ("interpret", "torch"):
+        monkeypatch.setenv(backend.VARIABLE, choice)
         context = RouteContext(training=True, generator=torch.Generator().manual_seed(0), sequence_length=21)
         routing = router(x_TD, context)
         total = (routing.weight_N * draw(routing.weight_N.numel())).sum() + routing.scores_TE.square().sum()

@@ -108,6 +108,34 @@ def test_metrics_may_need_the_whole_evaluation_set(plugin: Any, tmp_path: Path, 
         ModelCosts(tmp_path).task(config())
 
 
+QUALITY_OF_ALL = """        count = int(sums["weight"].sum()) // 8
+        if count < 3:
+            {too_few}
+        return {{"nats": float(count)}}
+"""
+
+
+@pytest.mark.parametrize("too_few", ["return {}", "return [][0]", "return 1 / 0"])
+def test_metrics_of_more_than_two_sequences(plugin: Any, tmp_path: Path, too_few: str) -> None:
+    load_plugin(write_broken(plugin, TASK, QUALITY, QUALITY_OF_ALL.format(too_few=too_few), "my_task.py"))
+    assert ModelCosts(tmp_path).task(config()).sequence_length == 8
+
+
+@pytest.mark.parametrize("dtype", ["byte", "long"])
+def test_an_input_may_be_vectors_of_any_type(plugin: Any, tmp_path: Path, dtype: str) -> None:
+    """Pixels as bytes, for an embedding that scales them; routers get no token ids."""
+    text = TASK.replace("    vocab_size = 16\n", "")
+    text = text.replace("        self.token_count_V = torch.ones(16, dtype=torch.int64)\n", "")
+    text = text.replace('data="random symbols"', 'data="random symbols", output="classes"')
+    text = text.replace("input_BL=token_BM[:, 1:]", f"input_BL=token_BM[:, 1:, None].expand(-1, -1, 4).{dtype}()")
+    module = "class Pixels(nn.Linear):\n    def forward(self, x):\n        return super().forward(x / 16)\n\n\n"
+    text = text.replace("\n@TASKS", f"\n{module}@TASKS")
+    load_plugin(write_broken(plugin, text, "TokenEmbedding(16, d_model)", "Pixels(4, d_model)", "my_task.py"))
+    task = ModelCosts(tmp_path).task(config())
+    assert task.train_batch(2, 0, 0).token_id_BL is None
+    assert Run(config(), tmp_path, task)() is not None
+
+
 def test_a_loss_that_changes_its_shape_fails_the_cell(plugin: Any, tmp_path: Path) -> None:
     late = "        self.calls = getattr(self, 'calls', 0) + 1\n" + LOSS.replace("_BP)", "_BP)[self.calls // 3 :]")
     path = write_broken(plugin, TASK, LOSS, late, "my_task.py")

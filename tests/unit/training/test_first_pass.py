@@ -104,6 +104,18 @@ OWN_LOSSES = {
         ["losses must return losses by name, got NoneType"],
     ),
 }
+METHOD = "    def losses(self, record):\n        return "
+WITHOUT_COEFFICIENT = {
+    "a loss for each token": (
+        (NAME, f"{NAME}\n{METHOD}{{'mine': record.routing.weight_N}}\n"),
+        ["losses: 'mine' must be a tensor without dimensions, got torch.float32 [32]"],
+    ),
+    "a loss that is not returned": (
+        (NAME, f"{NAME}\n{METHOD}{{}}\n"),
+        ["losses must return 'mine', which Facts.own_losses names"],
+    ),
+}
+"""Losses that the router's Config gives no coefficient, so training does not compute them."""
 LOSS = """
 from moebench.routing.losses import LOSSES, LossFacts
 
@@ -141,7 +153,11 @@ def test_passes_of_a_router(plugin: Any, text: Path, tmp_path: Path, change: tup
     assert_one_line(caught.value, ["router 'broken'", *words], path)
 
 
-@pytest.mark.parametrize(("change", "words"), OWN_LOSSES.values(), ids=OWN_LOSSES)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [*OWN_LOSSES.values(), *WITHOUT_COEFFICIENT.values()],
+    ids=[*OWN_LOSSES, *(f"{name}, without a coefficient" for name in WITHOUT_COEFFICIENT)],
+)
 def test_losses_of_a_router(plugin: Any, text: Path, tmp_path: Path, change: tuple[str, str], words: list[str]) -> None:
     declared = ROUTER.replace('equation="y = x",', 'equation="y = x", own_losses=("mine",),')
     path = write_broken(plugin, declared, *change, "my_router.py")

@@ -1,4 +1,4 @@
-"""liger-kernel: its fused experts in Triton behind a softmax top-k gate in plain torch; dropless, on a GPU alone.
+"""liger-kernel: its fused experts in Triton behind a softmax top-k gate in plain torch; dropless, on a GPU only.
 
 The library has no router: indices and weights are given to it.
 """

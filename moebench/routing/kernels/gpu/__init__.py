@@ -1,1 +1,1 @@
-"""Kernels in Triton, imported only where it is used: one pass over logits or assignments where torch takes several."""
+"""Kernels in Triton, imported only if they are used: one pass over logits or assignments where torch takes several."""

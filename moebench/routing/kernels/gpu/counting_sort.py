@@ -1,4 +1,4 @@
-"""A stable counting sort of assignments by expert: counts in blocks, a prefix sum, and a place for each assignment.
+"""A stable counting sort of assignments by expert: counts by block, a prefix sum, and a position for each assignment.
 
 Every address is written once and no atomic operation is used, so the result is the same in every run.
 """
@@ -9,14 +9,15 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 128
-"""Assignments of a program, each compared with all others of the block."""
+"""Assignments per program, each compared with all others of its block."""
 LATER = tl.constexpr(2**16)
 
 
 def sort(key_N: Tensor, kept_N: Tensor | None, num_keys: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort keys in 0 ... num_keys - 1, equal ones in their order, those not kept after all others.
+    """Sort keys from 0 to num_keys - 1; equal keys stay in order, keys that are not kept follow all others.
 
-    Returns the index of the key at each place, the place of each key, and how often each key is kept, all int64.
+    Returns the index of the key at each position, the position of each key, and the number of kept keys of each value,
+    all int64.
     """
     key_N = key_N.contiguous()
     num, blocks = key_N.numel(), triton.cdiv(key_N.numel(), BLOCK)
@@ -25,7 +26,7 @@ def sort(key_N: Tensor, kept_N: Tensor | None, num_keys: int) -> tuple[Tensor, T
     if num == 0:
         return index_N, place_N, count_Q.zero_()
     kept_N = None if kept_N is None else kept_N.contiguous()
-    # One row for each key, the last one for what is not kept: sums along the table are ends of runs.
+    # One row for each key, the last row for keys that are not kept: cumulative sums are the ends of runs.
     count_QB = torch.zeros(num_keys + 1, blocks, dtype=torch.int32, device=key_N.device)
     with torch.cuda.device_of(key_N):  # Triton launches on the current device
         _rank[(blocks,)](key_N, kept_N, place_N, count_QB, num, num_keys, blocks, BLOCK=BLOCK, num_warps=8)
@@ -50,7 +51,7 @@ def _load_keys(key_ptr, kept_ptr, entry_B, is_entry_B, num_keys):
 
 @triton.jit
 def _rank(key_ptr, kept_ptr, rank_ptr, count_ptr, num, num_keys, num_blocks, BLOCK: tl.constexpr):
-    """Store how many equal keys of its block precede each key, and at the last of them, how many there are."""
+    """Store the rank of each key among the equal keys of its block; the last of them also stores their number."""
     place_B = tl.arange(0, BLOCK)
     entry_B = tl.program_id(0) * BLOCK + place_B
     is_entry_B = entry_B < num
@@ -79,7 +80,7 @@ def _place(
     BLOCK: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Add where the run of a key in a block starts to its rank there; the first program counts the keys too."""
+    """Add the start of the run of each key in the block to its rank there; the first program also counts the keys."""
     entry_B = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_entry_B = entry_B < num
     key_B = _load_keys(key_ptr, kept_ptr, entry_B, is_entry_B, num_keys)

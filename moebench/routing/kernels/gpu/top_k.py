@@ -1,4 +1,4 @@
-"""Scores of all experts, the k best of each token and their weights in one pass over the logits; and the gradient."""
+"""Scores of all experts, the top k of each token and their weights in one pass over the logits, and its gradient."""
 
 import torch
 import triton
@@ -8,12 +8,12 @@ from torch import Tensor
 from moebench.routing.token_choice import SMALLEST_SUM, TopKRule
 
 TILE = 1024
-"""Logits of a program: 8 for each of its 128 threads, which also hold a score and a key of 8 bytes for each."""
+"""Logits per program: 8 for each of its 128 threads, which also hold a score and a key of 8 bytes for each."""
 MIN_BLOCK = 16
 LOWEST = tl.constexpr(-(2**63))
 TINY = tl.constexpr(SMALLEST_SUM)
 IS_INTEGER = tl.constexpr(2.0**23)
-"""Every fp32 value from here on is an integer; adding it to a smaller one rounds that to an integer, half to even."""
+"""From this value on, every fp32 number is an integer; adding it to a smaller one rounds that half to even."""
 RULES = {"scores": 0, "shares": 1, "softmax": 2}
 SHARES, SOFTMAX = tl.constexpr(RULES["shares"]), tl.constexpr(RULES["softmax"])
 
@@ -50,7 +50,7 @@ def choose_backward(
 ) -> Tensor:
     """Return the gradient of the logits.
 
-    `chosen`: what `choose` returned. `grads`: those of weight_TK and scores_TE, None where nothing depends on them.
+    `chosen`: what `choose` returned. `grads`: gradients of weight_TK and scores_TE; None: nothing depends on them.
     """
     expert_TK, weight_TK, scores_TE = chosen
     grad_weight_TK, grad_scores_TE = (None if grad is None else grad.contiguous() for grad in grads)
@@ -70,7 +70,7 @@ def choose_backward(
 
 
 def _choose_tile(num_experts: int) -> tuple[int, int]:
-    """Return the tokens and the experts of a tile, powers of two; a token's experts are all in one tile."""
+    """Return the number of tokens and of experts of a tile, powers of two; all experts of a token are in one tile."""
     block = max(triton.next_power_of_2(num_experts), MIN_BLOCK)
     return max(TILE // block, 1), block
 
@@ -86,7 +86,7 @@ def _score(logits, is_expert_1E, SIGMOID: tl.constexpr):
 
 @triton.jit
 def _make_keys(value, expert_1E, per_quantum, limit, BLOCK: tl.constexpr):
-    """Return integers that order experts by the rounded value and, where that is equal, by index; no two are equal."""
+    """Return distinct integers that order experts by the rounded value, equal ones by index."""
     multiple = value * per_quantum
     size = tl.abs(multiple)
     size = tl.where(size < IS_INTEGER, (size + IS_INTEGER) - IS_INTEGER, tl.minimum(size, limit))
@@ -100,7 +100,7 @@ def _make_keys(value, expert_1E, per_quantum, limit, BLOCK: tl.constexpr):
 def _take_best(
     key, source, column_1K, TOP_K: tl.constexpr, K_BLOCK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Return the experts with the highest keys, and `source` of these."""
+    """Return the experts with the highest keys, and their entries of `source`."""
     expert_TK = tl.zeros((ROWS, K_BLOCK), dtype=tl.int64)
     chosen_TK = tl.zeros((ROWS, K_BLOCK), dtype=tl.float32)
     for k in range(TOP_K):

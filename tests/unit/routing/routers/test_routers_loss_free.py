@@ -12,7 +12,8 @@ from torch import Tensor
 from moebench.errors import UsageError
 from moebench.routing.context import RouteContext
 from moebench.routing.group_limit import mask_to_best_groups
-from moebench.routing.losses import compute_raw_losses, sequence_balance
+from moebench.routing.layer_losses import compute_raw_losses
+from moebench.routing.losses import sequence_balance
 from moebench.routing.metrics import max_violation
 from moebench.routing.router import Router, RouterBuildContext
 from moebench.routing.routers.loss_free import DeepSeekV3, LossFree
