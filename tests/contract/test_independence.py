@@ -115,8 +115,7 @@ def measure_used_share(case: Case) -> float:
     return int(routing.load_E.sum()) / (3 * LENGTH * case.experts_per_token)
 
 
-@pytest.mark.parametrize("case", reroutable_cases(), ids=str)
-@pytest.mark.parametrize("drop_order", ["router", "position"])
+@parametrize_cases(reroutable_cases(), drop_order=["router", "position"])
 def test_probe_detects_the_leak_of_rerouting(case: Case, drop_order) -> None:
     # An early token without a slot goes to an expert that later tokens leave free.
     share = measure_used_share(case)

@@ -74,8 +74,9 @@ def test_resumed_run_equals_an_uninterrupted_one(text: Path, tmp_path: Path, rou
     assert_same_runs(full, parts)
 
 
-SIMILAR_TASKS = ("masked_language", "keyword", "clustered")
-"""Tasks whose batches are made like those of language and speech, or from the seed alone."""
+SIMILAR_TASKS = ("masked_language", "keyword", "clustered", "language", "speech")
+"""Tasks whose batches are made like those of others, or from the seed alone; that of speech is in
+`test_other_inputs_resume_with_dropout_too`, that of language with micro-batches in `test_muon_resumes_exactly`."""
 
 
 @pytest.mark.parametrize(
