@@ -14,7 +14,11 @@ from moebench.routing.router import ROUTERS
 from moebench.tasks.task import TASKS
 from moebench.training.model import build_initialised_model, prepare_task
 
-ROUTERS_WITH_AND_WITHOUT_DRAWS = ["switch", "noisy_top_k", "random", "quantile_balancing"]
+ROUTERS_WITH_AND_WITHOUT_DRAWS = [
+    "noisy_top_k",
+    "quantile_balancing",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("switch", "random")),
+]
 
 COUNTING = '''
 from dataclasses import dataclass
