@@ -14,6 +14,7 @@ import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -273,14 +274,22 @@ def field_docs(config_class: type) -> dict[str, str]:
     """Return the string below each field of a dataclass, read from its source; none if that is gone."""
     docs: dict[str, str] = {}
     for cls in reversed(config_class.__mro__[:-1]):
-        try:
-            source = inspect.getsource(cls)
-        except OSError:
-            continue
-        body = getattr(ast.parse(inspect.cleandoc("\n" + source)).body[0], "body", [])
-        for field, text in itertools.pairwise(body):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                value = getattr(text, "value", None)
-                if isinstance(text, ast.Expr) and isinstance(value, ast.Constant) and isinstance(value.value, str):
-                    docs[field.target.id] = inspect.cleandoc(value.value)
+        docs |= _own_field_docs(cls)
+    return docs
+
+
+@cache
+def _own_field_docs(cls: type) -> dict[str, str]:
+    """Return those of the fields that the class itself defines. Kept, as classes share what they derive from."""
+    try:
+        source = inspect.getsource(cls)
+    except OSError:
+        return {}
+    docs = {}
+    body = getattr(ast.parse(inspect.cleandoc("\n" + source)).body[0], "body", [])
+    for field, text in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            value = getattr(text, "value", None)
+            if isinstance(text, ast.Expr) and isinstance(value, ast.Constant) and isinstance(value.value, str):
+                docs[field.target.id] = inspect.cleandoc(value.value)
     return docs

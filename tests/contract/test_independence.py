@@ -82,14 +82,16 @@ def test_layer_with_capacity_is_as_causal_as_declared(case: Case, training: bool
         assert any(has_leak(layer, training=mode) for mode in (training, not training))
 
 
-@every_case_in_both_modes
+@parametrize_cases(cases_of(8), training=MODES, slow_values={"training": ["eval"]})
 def test_position_order_keeps_token_choice_causal(case: Case, training: bool) -> None:
     if case.facts.causality.causal and case.name != "expert_choice_by_position":  # not causal with a capacity
         layer = case.layer(capacity=Capacity(train=0.5, eval=0.5, drop_order="position"))
         assert not has_leak(layer, training=training)
 
 
-@parametrize_cases([case for case in list_cases() if case.facts.causality.causal], training=MODES)
+@parametrize_cases(
+    [case for case in list_cases() if case.facts.causality.causal], training=MODES, slow_values={"training": ["train"]}
+)
 def test_passing_dropped_tokens_keeps_token_choice_causal(case: Case, training: bool) -> None:
     if case.name == "expert_choice_by_position":
         return
@@ -115,8 +117,7 @@ def measure_used_share(case: Case) -> float:
     return int(routing.load_E.sum()) / (3 * LENGTH * case.experts_per_token)
 
 
-@pytest.mark.parametrize("case", reroutable_cases(), ids=str)
-@pytest.mark.parametrize("drop_order", ["router", "position"])
+@parametrize_cases(reroutable_cases(), drop_order=["router", "position"])
 def test_probe_detects_the_leak_of_rerouting(case: Case, drop_order) -> None:
     # An early token without a slot goes to an expert that later tokens leave free.
     share = measure_used_share(case)

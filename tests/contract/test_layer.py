@@ -33,7 +33,7 @@ FACTORS = (None, 0.25, 1.0, 1.25, 10.0)
 ACTIVATIONS = ("gelu", "swiglu")
 
 
-@parametrize_cases(cases_of(8), factor=FACTORS, activation=ACTIVATIONS)
+@parametrize_cases(cases_of(8), factor=FACTORS, activation=ACTIVATIONS, slow_values={"factor": ("1.0", "10.0")})
 def test_fast_layer_equals_the_double_loop(case: Case, factor: float | None, activation: str) -> None:
     layer = case.layer(capacity=Capacity(train=factor, eval=factor), activation=activation)
     tokens = Tokens.draw(24)

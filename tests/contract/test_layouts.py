@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.case_selection import parametrize_pairs
+from support.case_selection import combine_axes, parametrize_pairs
 from support.cases import Tokens, randomise_parameters
 from support.layout_models import BATCH, LENGTH, backbone_of, batch, config_of, may_refuse
 from torch import Tensor
@@ -24,7 +24,6 @@ from moebench.routing.values import LayerRecord
 
 NUM_TOKENS = BATCH * LENGTH
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.names())
-both_modes = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
 def model_or_skip(layout: str, router: str) -> Transformer:
@@ -119,8 +118,10 @@ def test_banks_equal_a_double_loop(layout: str) -> None:
 
 
 @every_layout
-@both_modes
-@pytest.mark.parametrize("router", ["switch", "top_k", "hash"])
+@pytest.mark.parametrize(
+    ("router", "training"),
+    combine_axes(["switch", "top_k", "hash"], [True, False], quick=[("switch", False), ("top_k", True)]),
+)
 def test_layout_is_causal(layout: str, router: str, training: bool) -> None:
     backbone = randomise_parameters(model_or_skip(layout, router))
     x_BLD, ctx = batch(training=training)

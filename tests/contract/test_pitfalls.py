@@ -110,6 +110,7 @@ def test_pitfall_03_balance_is_measured_over_the_wrong_pool() -> None:
     assert load_balance(dropped).item() == pytest.approx(3.0)
 
 
+@pytest.mark.slow  # `test_same_training` has the same on both axes of a mesh
 def test_pitfall_04_gradients_of_experts_are_wrong_in_parallel(trained: Callable[..., dict]) -> None:
     # Each gradient, the router's too, and the clip norm, in every step, with a balance loss over all tokens.
     assert_same_training(trained(Shape(1, 2)), trained(ALONE))

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from distributed.test_resharding import train
 from distributed.test_same_training import PLUGINS, TOLERANCES, train_all
-from support.mesh_cases import SHORT, case, matrix
+from support.mesh_cases import case, matrix
 from support.process_group import ALONE, Mesh, Shape
 from support.separate_device import DEVICE, HOST, DeviceError, separate_device
 from support.task_data import write_data
@@ -33,6 +33,11 @@ CASES = {
     "padded": case(task={"name": "padded"}),
     "reroute": matrix()["reroute"],
 }
+
+QUICK = ("reroute", "zero rows", "model options")
+"""Of the cases that one process trains; `test_every_task_trains_on_its_device` has an encoder and decoder."""
+SIMILAR_TASKS = ("keyword", "language", "masked_language")
+"""Their batches are made as those of speech and of the other tasks of text."""
 
 
 @pytest.fixture(scope="module")
@@ -140,14 +145,16 @@ def finish(mesh: Mesh, text: Path, overrides: dict[str, Any], folder: Path) -> d
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in SHORT else pytest.mark.slow) for name in matrix()]
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in matrix()]
 )
 def test_one_process_trains_on_its_device(name: str, text: Path, tmp_path: Path) -> None:
     (run,) = Shape(is_separate=True).run(train_steps, text, matrix()[name], tmp_path)
     assert len(run["steps"]) == 3
 
 
-@pytest.mark.parametrize("task", TASKS.names())
+@pytest.mark.parametrize(
+    "task", [pytest.param(name, marks=pytest.mark.slow) if name in SIMILAR_TASKS else name for name in TASKS.names()]
+)
 def test_every_task_trains_on_its_device(task: str, text: Path, tmp_path: Path) -> None:
     options = {"name": task, **write_data(tmp_path).get(task, {})}
     overrides = case(task=options, train={"steps": 2})

@@ -200,7 +200,14 @@ def test_show_writes_a_table_of_all_routers_and_a_page_for_each_family(cli: Comm
         assert (cli.folder / "docs" / page).read_text().count(f"\n## {router}\n") == 1
 
 
-@pytest.mark.parametrize("router", ["top_k", "expert_choice", "base", "hash", "soft_moe", "olmoe"])
+@pytest.mark.parametrize(
+    "router",
+    [
+        "hash",
+        "soft_moe",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("top_k", "expert_choice", "base", "olmoe")),
+    ],
+)
 def test_show_draws_a_worked_example(cli: CommandLine, warm: WarmCommandLine, router: str) -> None:
     ended = warm(cli, "show", router, "--plot", "example.png", "--json")
     assert (ended.code, ended.err) == (0, "")

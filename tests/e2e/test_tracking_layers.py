@@ -1,6 +1,7 @@
 """Layers of a run in a real MLflow database: a table and an alarm, and no more charts."""
 
 import json
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -28,8 +29,9 @@ def rows(results: Path, query: str) -> list[Any]:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> RunFolder:
-    """A run of two layers that is trained, without a checkpoint; one layer has collapsed."""
+def folder(tmp_path: Path, empty_database: Path) -> RunFolder:
+    """A run of two layers that is trained, without a checkpoint; one layer has collapsed. And an empty tracker."""
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
     folder = RunFolder(build_cell(tmp_path, "quickstart", CELL))
     with RunRecorder(folder) as recorder:
         for step in (1, 10, 20):

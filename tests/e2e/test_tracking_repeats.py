@@ -3,8 +3,6 @@
 import json
 import shutil
 import sqlite3
-import subprocess
-import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.command_line import CommandLine, WarmCommandLine
 from support.tracked_runs import build_cell, build_experiment, write_checkpoint, write_final_files, write_steps
 
 from moebench.runs.journal import Journal
@@ -115,7 +114,9 @@ def test_random_sequences_send_each_value_once(
     assert audit_runs(results, uri) == []
 
 
-def test_moved_folder_keeps_its_artifacts_and_its_cursor(tmp_path: Path, empty_database: Path) -> None:
+def test_moved_folder_keeps_its_artifacts_and_its_cursor(
+    tmp_path: Path, empty_database: Path, warm: WarmCommandLine
+) -> None:
     old, new = tmp_path / "old", tmp_path / "new ?#%41"
     folders = build_experiment(old)
     shutil.copy(empty_database, old / "mlflow.db")
@@ -123,8 +124,7 @@ def test_moved_folder_keeps_its_artifacts_and_its_cursor(tmp_path: Path, empty_d
     shutil.copytree(old, new)
     (new / "runs" / folders[0].name / "labels.json").write_text("{}")
     # In another process: MLflow remembers where the artifacts of a run are.
-    command = [sys.executable, "-m", "moebench", "sync", "--results", str(new), "--json"]
-    assert json.loads(subprocess.run(command, capture_output=True, check=True).stdout)["values"] == 0
+    assert warm(CommandLine(tmp_path), "sync", "--results", str(new), "--json").json["values"] == 0
     assert not list((old / "mlartifacts").rglob("labels.json"))
     assert len(list((new / "mlartifacts").rglob("labels.json"))) == 1
     assert rows(new, "select count(*) from runs where artifact_uri like '%/old/%'") == [(0,)]

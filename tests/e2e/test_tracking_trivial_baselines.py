@@ -1,6 +1,7 @@
 """Trivial baselines in MLflow: on the run of the experiment, once, and with the mark."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def parent_of(results: Path) -> Any:
     return next(run for run in runs if run.data.tags["mlflow.moebench.cell"] == "experiment")
 
 
-def test_baselines_are_sent_once_and_change_with_the_record(tmp_path: Path) -> None:
+def test_baselines_are_sent_once_and_change_with_the_record(tmp_path: Path, empty_database: Path) -> None:
+    shutil.copy(empty_database, tmp_path / "mlflow.db")
     build_experiment(tmp_path)  # bits per byte of dense: about 2.03
     replay(tmp_path, default_uri(tmp_path))
     assert not any(name.startswith("trivial/") for name in parent_of(tmp_path).data.metrics)

@@ -101,7 +101,11 @@ def test_server_that_never_responds_is_bounded_in_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"not a database" * 100, b"SQLite format 3\0" + b"\xff" * 5000], ids=["text", "broken pages"]
+    "content",
+    [
+        pytest.param(b"not a database" * 100, id="text", marks=pytest.mark.slow),
+        pytest.param(b"SQLite format 3\0" + b"\xff" * 5000, id="broken pages"),
+    ],
 )
 def test_damaged_database_is_reported_and_never_modified(tmp_path: Path, content: bytes) -> None:
     build(tmp_path)

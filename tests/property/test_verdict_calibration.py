@@ -49,7 +49,9 @@ def compare_tables(value_AS: Array, metric: ComparisonMetric = BITS_PER_BYTE) ->
     return compare(results, expected=[(r.arm, r.seed, r.id) for r in results], baseline="arm 0", metric=metric)
 
 
-@pytest.mark.parametrize("name", NOISES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if turn % 4 == 0 else pytest.mark.slow) for turn, name in enumerate(NOISES)]
+)
 def test_the_simulation_decides_as_compare_does(name):
     # Effects of 0 to 6 SDs, so that all verdicts occur; the mean of the baseline is 100, and the margin 2.
     metric = ComparisonMetric(name="bits_per_byte", lower_is_better=True, margin=0.02)

@@ -19,6 +19,7 @@ at all, which would take as long as half a minute of tests.
 import itertools
 import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import pytest
@@ -49,12 +50,24 @@ def can_select_slow(markers: str) -> bool:
     return expression.evaluate(lambda name, /, **_: name == "slow") or expression.evaluate(lambda _, /, **__: True)
 
 
-def parametrize_cases(cases: Sequence[Case], **axes: Sequence[Any] | Mapping[str, Any]) -> Callable[[Test], Test]:
-    """Parametrise a test by `case` and axes (values, or id -> value); mark combinations outside `make test` slow."""
+def parametrize_cases(
+    cases: Sequence[Case],
+    *,
+    slow_values: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    **axes: Sequence[Any] | Mapping[str, Any],
+) -> Callable[[Test], Test]:
+    """Parametrise a test by `case` and axes (values, or id -> value); mark combinations outside `make test` slow.
+
+    `slow_values` has the ids of values of an axis that are tested in `make test-all` alone.
+    """
     named_axes = [
         axis if isinstance(axis, Mapping) else {str(value): value for value in axis} for axis in axes.values()
     ]
-    ids = [list(values) for values in named_axes]
+    every_id = [list(values) for values in named_axes]
+    ids = [
+        [name for name in values if name not in slow_values.get(axis, ())]
+        for axis, values in zip(axes, every_id, strict=True)
+    ]
     combinations = list(itertools.product(*ids))
     kept: set[Hashable] = set()
     default_count, option_count = itertools.count(), itertools.count()
@@ -69,7 +82,7 @@ def parametrize_cases(cases: Sequence[Case], **axes: Sequence[Any] | Mapping[str
     full = {
         (str(case), *chosen): (case, *(values[name] for values, name in zip(named_axes, chosen, strict=True)))
         for case in cases
-        for chosen in combinations
+        for chosen in itertools.product(*every_id)
     }
     return _parametrize_by_case(("case", *axes), full, kept)
 

@@ -15,6 +15,7 @@ import runpy
 import sys
 import traceback
 from multiprocessing import forkserver, resource_tracker
+from pathlib import Path
 from typing import Any
 
 from moebench.launch.local_worker import start_fork_server
@@ -35,6 +36,20 @@ def load_everything() -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         moebench.cli.app(["list", "tasks"], standalone_mode=False)
     gc.freeze()
+
+
+def load_tracker() -> None:
+    """Import MLflow, which takes seconds: before the first call that opens a database."""
+    from moebench.tracking.quiet import silence_mlflow
+
+    with silence_mlflow():
+        importlib.import_module("mlflow.store.tracking.sqlalchemy_store")
+
+
+def opens_database(call: dict[str, Any]) -> bool:
+    """Return whether a call opens a database in its own process; `run` leaves that to another one."""
+    has_database = Path(call["folder"], "results", "mlflow.db").exists()
+    return call["arguments"][1:2] == ["sync"] or (call["arguments"][1:2] in (["rm"], ["verify"]) and has_database)
 
 
 def redirect(call: dict[str, Any]) -> None:
@@ -94,9 +109,12 @@ def serve() -> None:
     server.ensure_running = forkserver.ensure_running = lambda: None
     print(json.dumps([os.getpid(), server._forkserver_pid, resource_tracker._resource_tracker._pid]), flush=True)
     for line in sys.stdin:
+        call = json.loads(line)
+        if opens_database(call):
+            load_tracker()
         child = os.fork()
         if not child:
-            os._exit(run_call(json.loads(line)))  # taking torch down again costs a second
+            os._exit(run_call(call))  # taking torch down again costs a second
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 

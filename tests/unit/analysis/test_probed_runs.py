@@ -149,7 +149,9 @@ def test_a_token_in_its_text(before: bytes, piece: bytes, after: bytes, text: st
     assert mark_token(before, piece, after) == text
 
 
-@pytest.mark.parametrize(("task", "suffix"), [("vision", "png"), ("speech", "svg"), ("keyword", "png")])
+@pytest.mark.parametrize(
+    ("task", "suffix"), [("vision", "png"), ("speech", "svg"), pytest.param("keyword", "png", marks=pytest.mark.slow)]
+)
 def test_galleries(task: str, suffix: str, data: dict[str, dict[str, Any]], cache: Path, tmp_path: Path) -> None:
     file = tmp_path / f"gallery.{suffix}"
     report = build_gallery_report(open_run(data, cache, task), None, 10_000, file)

@@ -104,7 +104,12 @@ def test_domains_are_weighted_by_their_size() -> None:
 
 
 @pytest.mark.parametrize(
-    "router", ["domain", {"name": "domain", "domains": ["xyz", "ab"]}, "domain_posterior", "task_level", "top_k"]
+    "router",
+    [
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("domain", "task_level", "top_k")),
+        {"name": "domain", "domains": ["xyz", "ab"]},
+        "domain_posterior",
+    ],
 )
 def test_a_parent_is_evaluated_on_the_data_of_its_child_with_its_own_experts(router: object, tmp_path: Path) -> None:
     file = tmp_path / "text.jsonl"

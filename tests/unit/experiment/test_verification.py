@@ -25,9 +25,11 @@ from moebench.runs.journal import Point
 from moebench.tracking.metric_selection import select_names
 
 
-def train_tracked(warm: WarmCommandLine, folder: Path) -> None:
-    """Train two arms of one seed with a tracker."""
+def train_tracked(warm: WarmCommandLine, database: Path, folder: Path) -> None:
+    """Train two arms of one seed with a tracker, from an empty database on."""
     command_line = CommandLine(folder)
+    (folder / "results").mkdir()
+    shutil.copy(database, folder / "results" / "mlflow.db")
     command_line.write(grid={"router": ["dense", "switch"]}, seeds=[0])
     try:
         ended = warm(command_line, "run", "./tiny.yaml", timeout=FIXTURE_TIMEOUT_S)
@@ -38,10 +40,13 @@ def train_tracked(warm: WarmCommandLine, folder: Path) -> None:
 
 @pytest.fixture
 def store(
-    built_once: Callable[[str, Callable[[Path], Any]], Path], tmp_path: Path, warm: WarmCommandLine
+    built_once: Callable[[str, Callable[[Path], Any]], Path],
+    tmp_path: Path,
+    empty_database: Path,
+    warm: WarmCommandLine,
 ) -> CommandLine:
     """A copy of the store, in a folder where the database's absolute paths do not matter."""
-    shutil.copytree(built_once("tracked", partial(train_tracked, warm)), tmp_path / "copy")
+    shutil.copytree(built_once("tracked", partial(train_tracked, warm, empty_database)), tmp_path / "copy")
     return CommandLine(tmp_path / "copy")
 
 

@@ -215,7 +215,10 @@ def test_reinforcement_in_the_encoder_gets_the_loss_of_the_sequence(text: Path, 
     torch.testing.assert_close(seen["decoder.1"], loss_BP.reshape(-1))
 
 
-@pytest.mark.parametrize(("router", "where"), [("dense", "both"), ("switch", "both"), ("expert_choice", "encoder")])
+@pytest.mark.parametrize(
+    ("router", "where"),
+    [pytest.param("dense", "both", marks=pytest.mark.slow), ("switch", "both"), ("expert_choice", "encoder")],
+)
 def test_it_trains(text: Path, tmp_path: Path, router: str, where: str) -> None:
     layout = {"num_experts": 4, "expert_width": 8, "experts_in": where, "n": 1}
     train = {"steps": 60, "learning_rate": 1e-2, "eval_every": 100, "log_every": 60}

@@ -1,8 +1,6 @@
-"""Data sets on a hub that cannot be reached, in a process of its own: `datasets` reads HF_HUB_OFFLINE on import."""
+"""Data sets on a hub that cannot be reached, as a program: `datasets` reads HF_HUB_OFFLINE on import."""
 
-import os
-import subprocess
-import sys
+from support.command_line import CommandLine, WarmCommandLine
 
 PROGRAM = """
 from moebench.errors import UsageError
@@ -22,11 +20,13 @@ for read in (
 """
 
 
-def test_a_hub_that_cannot_be_reached_says_how_to_give_local_files() -> None:
-    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True, env=offline)
-    assert done.stderr == ""
-    lines = done.stdout.splitlines()
+def test_a_hub_that_cannot_be_reached_says_how_to_give_local_files(cli: CommandLine, warm: WarmCommandLine) -> None:
+    assert cli.environment["HF_HUB_OFFLINE"] == "1"
+    file = cli.folder / "program.py"
+    file.write_text(PROGRAM)
+    done = warm.run_script(cli, file)
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
     assert len(lines) == 3
     for line in lines:
         assert "task.data.dataset: 'nobody/nothing' cannot be read" in line

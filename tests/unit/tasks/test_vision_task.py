@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.case_selection import combine_axes
 from support.task_data import write_pictures
 from support.training_cases import Run
 
@@ -229,8 +230,10 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("router", ["v_moe", "dense"])
+@pytest.mark.parametrize(
+    ("router", "layout"),
+    combine_axes(["v_moe", "dense"], [*LAYOUTS], quick=[("dense", "every_n"), *(("v_moe", name) for name in LAYOUTS)]),
+)
 def test_training_runs_with_every_kind_of_layout(pictures: Path, tmp_path: Path, layout: str, router: str) -> None:
     options = {"name": layout, "num_experts": 4, "expert_width": 8} | LAYOUTS[layout]
     run = Run(tiny(pictures, layout=options, router=router, task={"pooling": "class_token"}), tmp_path)

@@ -147,7 +147,9 @@ def pairs_of(routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
     return compact.token_N, compact.expert_N
 
 
-@pytest.mark.parametrize("router", ["top_p", "dynmoe", "null_experts", "switch"])
+@pytest.mark.parametrize(
+    "router", ["top_p", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dynmoe", "null_experts")), "switch"]
+)
 def test_result_has_the_executed_cost(router: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     capacity = {"capacity_factor_train": 0.75} if router == "switch" else {}
     config = tiny_config(write_text(tmp_path), router=router, layout={"num_experts": 8, **capacity})

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.case_selection import combine_axes
 from support.host_waits import HostWaits
 from support.training_cases import Run, Watched, assert_same_tree, tiny_config, write_text
 
@@ -83,7 +84,7 @@ def test_the_host_waits_once_in_a_step_that_is_not_logged(
     assert_one_wait_in_each_step(waits)
 
 
-@pytest.mark.parametrize("router", ["dynmoe", "top_p"])
+@pytest.mark.parametrize("router", [pytest.param("dynmoe", marks=pytest.mark.slow), "top_p"])
 def test_a_budget_of_measured_flops_waits_no_more(
     router: str, text: Path, tmp_path: Path, waits: HostWaits, as_on_a_gpu: None
 ) -> None:
@@ -91,8 +92,10 @@ def test_a_budget_of_measured_flops_waits_no_more(
     assert_one_wait_in_each_step(waits)
 
 
-@pytest.mark.parametrize("router", ["switch", "top_p"])
-@pytest.mark.parametrize("overflow", ["drop", "pass", "reroute"])
+@pytest.mark.parametrize(
+    ("overflow", "router"),
+    combine_axes(["drop", "pass", "reroute"], ["switch", "top_p"], quick=[("pass", "switch"), ("reroute", "top_p")]),
+)
 def test_capacity_waits_no_more(
     overflow: str, router: str, text: Path, tmp_path: Path, waits: HostWaits, as_on_a_gpu: None
 ) -> None:
@@ -106,7 +109,7 @@ def assert_one_wait_in_each_step(waits: HostWaits) -> None:
     assert sum(counted.values()) == 4, counted  # four steps
 
 
-@pytest.mark.parametrize("policy", ["skip", "rewind", "stop"])
+@pytest.mark.parametrize("policy", ["skip", "rewind", pytest.param("stop", marks=pytest.mark.slow)])
 def test_policies_that_decide_before_the_update_wait_no_more(
     policy: str, text: Path, tmp_path: Path, waits: HostWaits
 ) -> None:
@@ -188,7 +191,7 @@ def test_a_run_that_is_checked_later_is_the_same(text: Path, tmp_path: Path, lat
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("at", [4, 5, 6])
+@pytest.mark.parametrize("at", [4, 5, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_loss_that_is_not_finite_is_found_in_its_step(at: int, text: Path, tmp_path: Path, later: None) -> None:
     """Step 5 is logged, so its values are read at its end; those of the others in the next step."""
     config = tiny_config(text, router="loss_free", train={"log_every": 5, "eval_every": 100, "checkpoint_every": 2})

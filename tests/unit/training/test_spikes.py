@@ -173,7 +173,7 @@ def test_stop_ends_the_run_before_the_update(start) -> None:
     assert max(step for step, _ in run.points()) == AT - 1
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_skip_leaves_parameters_moments_and_router_as_they_were(start, optimizer: str) -> None:
     train = {"steps": AT + 1, "checkpoint_every": 1, "optimizer": optimizer}
     run = start("skip", train=train, router="loss_free")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.case_selection import combine_axes
 from support.parent_runs import WIDE, build_child, child_config, train_parent
 from support.training_cases import Run, tiny_config, write_text
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -30,8 +31,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text"))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-@pytest.mark.parametrize("trainable", ["experts", "routers", "shared"])
+@pytest.mark.parametrize(
+    ("trainable", "optimizer"),
+    combine_axes(
+        ["experts", "routers", "shared"],
+        ["adamw", "muon"],
+        quick=[("experts", "muon"), ("routers", "adamw"), ("shared", "adamw")],
+    ),
+)
 def test_only_the_named_groups_change(trainable: str, optimizer: str, text: Path, tmp_path: Path) -> None:
     train = {"steps": 2, "trainable": trainable, "optimizer": optimizer, "eval_every": 2}
     run = Run(tiny_config(text, router="loss_free", train=train), tmp_path)

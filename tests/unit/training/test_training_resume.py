@@ -14,7 +14,11 @@ from moebench.routing.router import ROUTERS
 from moebench.tasks.task import TASKS
 from moebench.training.model import build_initialised_model, prepare_task
 
-ROUTERS_WITH_AND_WITHOUT_DRAWS = ["switch", "noisy_top_k", "random", "quantile_balancing"]
+ROUTERS_WITH_AND_WITHOUT_DRAWS = [
+    "noisy_top_k",
+    "quantile_balancing",
+    *(pytest.param(name, marks=pytest.mark.slow) for name in ("switch", "random")),
+]
 
 COUNTING = '''
 from dataclasses import dataclass
@@ -74,8 +78,9 @@ def test_resumed_run_equals_an_uninterrupted_one(text: Path, tmp_path: Path, rou
     assert_same_runs(full, parts)
 
 
-SIMILAR_TASKS = ("masked_language", "keyword", "clustered")
-"""Tasks whose batches are made like those of language and speech, or from the seed alone."""
+SIMILAR_TASKS = ("masked_language", "keyword", "clustered", "language", "speech")
+"""Tasks whose batches are made like those of others, or from the seed alone; that of speech is in
+`test_other_inputs_resume_with_dropout_too`, that of language with micro-batches in `test_muon_resumes_exactly`."""
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_a_resumed_run_has_the_bits_of_one_that_was_not_stopped(text: Path, tmp_
     assert_same_tree(*(run.checkpoint(5)["state_dict"] for run in (whole, stopped)))
 
 
-@pytest.mark.parametrize(("accumulate", "recompute"), [(1, "none"), (2, "blocks")])
+@pytest.mark.parametrize(("accumulate", "recompute"), [pytest.param(1, "none", marks=pytest.mark.slow), (2, "blocks")])
 def test_each_stack_is_cast_once_for_each_update(
     accumulate: int, recompute: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,7 +83,9 @@ class StoppedError(Exception):
     """In place of a kill."""
 
 
-@pytest.mark.parametrize("stop_at", range(0, 8))
+@pytest.mark.parametrize(
+    "stop_at", [pytest.param(number, marks=() if number in (0, 3, 7) else pytest.mark.slow) for number in range(0, 8)]
+)
 def test_a_stopped_call_continues_and_ends_with_the_same_files(mixed, tmp_path, monkeypatch, stop_at):
     prepare_folder(mixed, tmp_path / "whole", tokenizer="train:280")
     written, write = [], build.write_file

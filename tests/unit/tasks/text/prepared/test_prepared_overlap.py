@@ -94,7 +94,10 @@ class StoppedError(Exception):
     """In place of a kill."""
 
 
-@pytest.mark.parametrize("content", [None, b"", b"[]", b'{"blocks": 3, "documents": {}}'])
+@pytest.mark.parametrize(
+    "content",
+    [None, *(pytest.param(text, marks=pytest.mark.slow) for text in (b"", b"[]")), b'{"blocks": 3, "documents": {}}'],
+)
 def test_a_stopped_call_continues_with_what_it_measured(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | None
 ) -> None:
