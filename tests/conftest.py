@@ -37,10 +37,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:.*LeafSpec.* is deprecated:FutureWarning")
     settings.load_profile(config.getoption("--hypothesis-profile") or "quick")
     Collection.with_slow_cases = can_select_slow(config.getoption("-m"))
-    if not Collection.with_slow_cases:
-        os.fsync = lambda descriptor: (
-            None
-        )  # protects from the loss of power alone, and takes a tenth of a tiny training
     torch.set_num_threads(1)  # sums change with the number of threads in the last bit
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported (tests/unit/experts/test_triton_kernels.py)

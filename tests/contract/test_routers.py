@@ -114,7 +114,7 @@ def test_experts_without_tokens_get_zero_gradient(case: Case) -> None:
         assert (per_expert_E[~idle_E] > 0).all()
 
 
-@every_case_of_8
+@every_case
 def test_configuration_round_trip(case: Case) -> None:
     plain = to_plain(case.config)
     given = {"router": plain, "layout": {"num_experts": case.num_experts}}
