@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from moebench.errors import UsageError, suggest
+from moebench.errors import UsageError, shorten, suggest
 from moebench.ranges import check_undeclared
 from moebench.yaml_text import MalformedYaml, PlainScalar
 
@@ -75,7 +75,7 @@ def convert(value: Any, kind: Any, key: str) -> Any:
         options = [option for option in get_args(kind) if isinstance(option, str)]
         near = suggest(str(value), options) if isinstance(value, str) else ""
         problem = f" ({value.problem})" if isinstance(value, MalformedYaml) else ""
-        raise UsageError(f"{key}: {_show(value)} was given{problem}.{near} Allowed: {allowed}") from None
+        raise UsageError(f"{shorten(key)}: {_show(value)} was given{problem}.{near} Allowed: {allowed}") from None
 
 
 def _fit(value: Any, kind: Any, key: str) -> Any:
@@ -248,7 +248,10 @@ def _explain_unknown_key(config: Any, path: str, hints: Mapping[str, Any]) -> Us
     parent, _, leaf = path.rpartition(".")
     name = getattr(config, "name", None) if "." not in parent else None
     owner = f"{parent} '{name}'" if parent and name else (parent or "the top level")
-    return UsageError(f"{path}: {owner} has no key '{leaf}'.{suggest(leaf, hints)} Allowed: {', '.join(sorted(hints))}")
+    allowed = ", ".join(sorted(hints))
+    return UsageError(
+        f"{shorten(path)}: {owner} has no key '{shorten(leaf)}'.{suggest(leaf, hints)} Allowed: {allowed}"
+    )
 
 
 def _show(value: Any) -> str:

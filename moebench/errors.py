@@ -21,7 +21,9 @@ def suggest(given: str, allowed: Iterable[str]) -> str:
 def build_unknown_error(kind: str, given: str, allowed: Iterable[str]) -> UsageError:
     """Return the error for an unknown name, with the closest and all allowed ones."""
     names = sorted(allowed)
-    return UsageError(f"{kind}: '{shorten(given)}' is unknown.{suggest(given, names)} Allowed: {list_some(names)}")
+    return UsageError(
+        f"{shorten(kind)}: '{shorten(given)}' is unknown.{suggest(given, names)} Allowed: {list_some(names)}"
+    )
 
 
 MAX_GIVEN_LENGTH = 300
@@ -48,7 +50,7 @@ def list_some(names: Sequence[str]) -> str:
 def require(condition: bool, key: str, given: object, allowed: str) -> None:
     """Raise UsageError naming the key, what was given and what is allowed, unless the condition holds."""
     if not condition:
-        raise UsageError(f"{key} must be {allowed}, got {shorten(str(given))}")
+        raise UsageError(f"{shorten(key)} must be {allowed}, got {shorten(str(given))}")
 
 
 MAX_TEXT_LENGTH = 1000

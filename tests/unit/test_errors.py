@@ -13,7 +13,8 @@ def test_of_very_many_allowed_names_the_first_are_listed() -> None:
 
 
 def test_a_very_long_given_name_is_cut() -> None:
-    message = str(build_unknown_error("key", "k" * 1034, ["seeds"]))
-    assert message == f"key: '{'k' * MAX_GIVEN_LENGTH}... (1,034 characters)' is unknown. Allowed: seeds"
+    message = str(build_unknown_error("train." + "k" * 1028, "k" * 1034, ["seeds"]))
+    start = f"train.{'k' * (MAX_GIVEN_LENGTH - 6)}... (1,034 characters)"
+    assert message == f"{start}: '{'k' * MAX_GIVEN_LENGTH}... (1,034 characters)' is unknown. Allowed: seeds"
     with pytest.raises(UsageError, match=r"^seed must be a number, got x+\.\.\. \(500 characters\)$"):
         require(False, "seed", "x" * 500, "a number")
