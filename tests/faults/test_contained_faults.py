@@ -45,7 +45,7 @@ GRID = {
     "baseline": "switch",
 }
 ESSENTIAL = ("api", "config", "conversion", "process_setup", "experiment.plan", "experiment.runner", "interrupts")
-ESSENTIAL += ("launch", "registry", "schema")
+ESSENTIAL += ("experiment.grid", "launch", "registry", "schema")
 ESSENTIAL += ("runs.cell", "runs.folder", "runs.result", "tracking.tracker.TrackerStatus", "cores", "tasks")
 ESSENTIAL += ("runs.folder_identity", "runs.checked_json", "file_access", "experiment.memory", "experiment.model_costs")
 ESSENTIAL += ("experiment.display.open_display", "experiment.display._close", "reporting.streams")
