@@ -280,7 +280,7 @@ def field_docs(config_class: type) -> dict[str, str]:
 
 @cache
 def _own_field_docs(cls: type) -> dict[str, str]:
-    """Return those of the fields that the class itself defines. Kept, as classes share what they derive from."""
+    """Return the strings below the fields that the class itself defines; cached, as many classes share a base."""
     try:
         source = inspect.getsource(cls)
     except OSError:
