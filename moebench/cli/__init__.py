@@ -26,6 +26,7 @@ from moebench.cli import (
     verify,
     watch,
 )
+from moebench.cli.environment import warn_of_unknown_variables
 
 app = typer.Typer(
     help="Which router? Trains the same sparse-expert model with different routing algorithms, under matched"
@@ -71,5 +72,6 @@ def _root(
         False, "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
     ),
 ) -> None:
+    warn_of_unknown_variables()
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

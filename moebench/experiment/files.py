@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import moebench
-from moebench.errors import UsageError, suggest
+from moebench.errors import UsageError, build_unknown_error, suggest
 
 LOCAL = Path("experiments")
 PACKAGED = Path(moebench.__file__).parent / "experiments"
@@ -44,9 +44,7 @@ def find_experiment(name: str) -> Path:
     path, experiments = Path(name), list_experiments()
     if path.suffix not in (".yaml", ".yml") and "/" not in name:
         if name not in experiments:
-            raise UsageError(
-                f"experiment '{name}' is unknown.{suggest(name, experiments)} Allowed: {', '.join(experiments)}"
-            )
+            raise build_unknown_error("experiment", name, experiments)
         return experiments[name].file
     if path.is_file():
         return path

@@ -30,7 +30,11 @@ def task(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Task:
     return prepare_task(tiny_config(text), tmp_path_factory.mktemp("cache"))
 
 
-@pytest.mark.parametrize("layout", [{}, {"name": "hierarchical", "groups": 2}], ids=["plain", "groups"])
+@pytest.mark.parametrize(
+    "layout",
+    [{}, pytest.param({"name": "hierarchical", "groups": 2}, marks=pytest.mark.slow)],
+    ids=["plain", "groups"],
+)
 @pytest.mark.parametrize("router", ROUTERS.names())
 def test_routers(text: Path, task: Task, monkeypatch: pytest.MonkeyPatch, router: str, layout: dict[str, Any]) -> None:
     monkeypatch.setattr(Entry, "is_plugin", property(lambda _: True))

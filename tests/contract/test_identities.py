@@ -62,7 +62,12 @@ def test_expert_choice_of_all_tokens_equals_all_experts() -> None:
     assert_layers_agree(*pair_of_layers(everything, Case("all_experts")), exactly=False)
 
 
-@parametrize_cases(cases_of(8), rule=["megatron", "vmoe", "switch", "deepspeed"], factor=[8.0, float("inf")])
+@parametrize_cases(
+    cases_of(8),
+    rule=["megatron", "vmoe", "switch", "deepspeed"],
+    factor=[8.0, float("inf")],
+    slow_values={"rule": ("vmoe", "deepspeed")},
+)
 def test_capacity_factor_of_e_is_dropless(case: Case, rule, factor: float) -> None:
     # With a factor of E every rule gives each expert a slot for every token.
     for overflow in ("drop", "pass", "reroute"):

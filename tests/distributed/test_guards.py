@@ -99,6 +99,7 @@ def _spike_twice(mesh: Mesh, text: Path, folder: Path) -> list[dict[str, Any]]:
     return [_spike(mesh, text, folder, "rewind", killed_at) for killed_at in (None, AT + 2)]
 
 
+@pytest.mark.slow
 def test_two_processes_rewind_alike_and_resume_exactly(text: Path, tmp_path: Path) -> None:
     first, second = Shape(1, 2).run(_spike_twice, text, tmp_path)
     for full, killed in (first, second):

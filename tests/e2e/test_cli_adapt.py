@@ -140,6 +140,7 @@ def test_compare_and_the_report_show_the_transfer_of_stages(
     assert "Transfer: bits per byte on test text" in (cli.folder / "page.html").read_text()
 
 
+@pytest.mark.slow
 def test_arms_with_different_targets_have_a_transfer_and_no_verdict(cli: CommandLine, warm: WarmCommandLine) -> None:
     targets = [{"label": "to b", "held_out_domains": ["a"]}, {"label": "to a", "held_out_domains": ["b"]}]
     stages = [STAGES[0], {"name": "adapt", "base": {"train": {"steps": 4}}, "grid": {"task.data": targets}}]

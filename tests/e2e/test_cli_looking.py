@@ -149,7 +149,7 @@ def test_a_local_experiment_replaces_a_packaged_one_of_its_name(cli: CommandLine
     assert warm(cli, "plan", "quickstart", "--json").json["question"] == "Mine?"
     unknown = warm(cli, "show", "experiment", "quickstrt")
     assert (unknown.code, unknown.err.count("\n")) == (2, 1)
-    assert "experiment 'quickstrt' is unknown. Did you mean 'quickstart'?" in unknown.err
+    assert "experiment: 'quickstrt' is unknown. Did you mean 'quickstart'?" in unknown.err
 
 
 def test_list_of_a_folder_without_runs(cli: CommandLine, warm: WarmCommandLine) -> None:

@@ -175,7 +175,7 @@ OTHER_MISTAKES = {
     "run ./tiny.yaml --jobs two": ["--jobs", "integer"],
     "run": ["EXPERIMENT"],
     "rum": ["rum", "run"],
-    "run nowhere": ["experiment 'nowhere' is unknown", "Allowed: ", "quickstart"],
+    "run nowhere": ["experiment: 'nowhere' is unknown", "Allowed: ", "quickstart"],
     "list routrs": ["routrs", "routers"],
     "show swich": ["'swich'", "Did you mean 'switch'?"],
     "compare swich": ["'swich'", "Did you mean 'switch'?"],

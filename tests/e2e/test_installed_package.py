@@ -25,6 +25,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
+@pytest.mark.slow
 def test_a_packaged_experiment_runs_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     cli = CommandLine(tmp_path)
     environment = cli.environment | {"PYTHONPATH": str(installed)}

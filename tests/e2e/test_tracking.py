@@ -152,11 +152,11 @@ def test_crash_between_a_batch_and_its_cursor_duplicates_nothing(tmp_path: Path)
     assert len(stored_runs(tmp_path)[folders[0].name].inputs.dataset_inputs) == 2
 
 
-def test_empty_tracker_is_filled_again(tmp_path: Path) -> None:
+def test_empty_tracker_is_filled_again(tmp_path: Path, empty_database: Path) -> None:
     build_experiment(tmp_path)
-    other = f"sqlite:///{tmp_path / 'other.db'}"
     first = replay(tmp_path, default_uri(tmp_path))
-    assert replay(tmp_path, other).values == first.values
+    shutil.copy(empty_database, tmp_path / "other.db")
+    assert replay(tmp_path, f"sqlite:///{tmp_path / 'other.db'}").values == first.values
 
 
 def test_resumed_run_has_one_value_for_each_step(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from support.interrupted_grid import CHECKPOINT_EVERY, RESUME, assert_equal_to, 
 from support.results_folder import Results, last_step
 
 
+@pytest.mark.slow
 def test_kill_of_the_runner(cli: CommandLine, results: Results, reference: CommandLine, warm: WarmCommandLine) -> None:
     process = cli.start_training()
     folder = wait_for_step(results, step=CHECKPOINT_EVERY + 10, num_done=1)

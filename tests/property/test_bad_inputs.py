@@ -72,7 +72,13 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return plan
 
 
-@pytest.mark.parametrize("case", read_corpus("overrides.json"), ids=lambda case: ascii(case["override"])[:60])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=ascii(case["override"])[:60], marks=() if number % 4 == 0 else pytest.mark.slow)
+        for number, case in enumerate(read_corpus("overrides.json"))
+    ],
+)
 def test_an_override_of_the_corpus(refused: Any, case: dict[str, str]) -> None:
     assert case["expected"] in refused(TINY, case["override"])
 

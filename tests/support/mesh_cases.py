@@ -17,14 +17,10 @@ SHORT = (
     "top_2",
     "router gshard",
     "router expert_choice",
-    "layout fine_grained",
-    "reroute",
     "accumulate",
-    "zero rows",
     "padded",
     "encoder-decoder",
     "muon",
-    "model options",
 )
 """Cases of the matrix that every test run trains."""
 

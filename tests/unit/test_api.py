@@ -136,7 +136,7 @@ def test_a_loaded_model_has_the_quality_of_its_run(results: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda results: moebench.load_experiment("quickstrat"), "experiment 'quickstrat' is unknown"),
+        (lambda results: moebench.load_experiment("quickstrat"), "experiment: 'quickstrat' is unknown"),
         (lambda results: moebench.load_experiment("./tiny.yaml", ["train.step=3"]), "Did you mean 'steps'"),
         (lambda results: moebench.compare([], results), "got no run"),
         (lambda results: moebench.compare("./tiny.yaml", results / "nowhere"), "no cell of 'tiny' has a result"),

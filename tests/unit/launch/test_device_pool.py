@@ -159,6 +159,7 @@ class DeviceDisplay:
     def note(self, text: str) -> None: ...
 
 
+@pytest.mark.slow
 def test_cells_see_only_their_own_gpu_and_release_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch, plugin: Any
 ) -> None:

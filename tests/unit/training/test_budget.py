@@ -24,7 +24,8 @@ def configure(text: Path, router: Any, match: str = "measured_flops", **train: A
     return tiny_config(text, router=router, layout=layout, train=TRAIN | train, allow_noncausal=True, **SIZES)
 
 
-@pytest.mark.parametrize("router", ["dynmoe", pytest.param("mixture_of_depths", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("router", ["dynmoe", "mixture_of_depths"])
 def test_the_mean_lands_on_the_target(text: Path, tmp_path: Path, router: str) -> None:
     free = Run(configure(text, router, match="flops"), tmp_path / "free")()
     held = Run(configure(text, router), tmp_path / "held")()
