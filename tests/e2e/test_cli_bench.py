@@ -68,6 +68,7 @@ def test_libraries_are_measured_or_absent_with_a_reason(layer: Any) -> None:
     assert {one["name"] for one in layer["rows"][0]["skipped"]} >= {"moebench bf16"} or layer["machine"]["bf16_units"]
 
 
+@pytest.mark.slow
 def test_layer_as_tables(cli: CommandLine, warm: WarmCommandLine) -> None:
     ended = warm(cli, "bench", "layer", *TINY, "--markdown")
     assert ended.code == 0, ended.err

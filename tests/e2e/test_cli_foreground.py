@@ -128,9 +128,8 @@ def test_a_failure_shows_its_traceback_and_is_recorded(
     assert re.fullmatch(re.escape(error) + r"( \(.*faulty\.py:\d+\))?", result["error"])
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_cell_is_resumed_by_a_worker(
     cli: CommandLine, results: Results, warm: WarmCommandLine, number: signal.Signals, code: int
 ) -> None:

@@ -80,6 +80,7 @@ def test_children_of_a_failed_parent_fail_in_one_line_and_the_others_go_on(
     assert "note: stage train" in stopped.err
 
 
+@pytest.mark.slow
 def test_the_settings_of_the_last_stage_are_tuned(staged: CommandLine, warm: WarmCommandLine) -> None:
     tune = {"grid": {"train.learning_rate": [1e-2, 1e12]}, "seeds": [7]}
     staged.write(stages=STAGES, grid={"router": ["dense"]}, seeds=[0], tune=tune)

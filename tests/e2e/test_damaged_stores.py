@@ -60,8 +60,8 @@ DAMAGES: dict[str, Damage] = {
 }
 
 
-FEW = ("result folder", "cell empty", "record folder", "checkpoints file")
-"""Of each kind of file one; the others are slow."""
+FEW = ("result folder", "record folder")
+"""One of a run and one of an experiment; the others are slow."""
 
 
 @pytest.mark.parametrize(

@@ -171,6 +171,7 @@ def test_four_processes_create_one_database_at_once(tmp_path: Path) -> None:
     assert metric_steps(tmp_path / "mlflow.db") == sorted([*range(1, 21)] * 4)
 
 
+@pytest.mark.slow
 def test_two_processes_that_send_the_same_runs_duplicate_nothing(tmp_path: Path) -> None:
     build(tmp_path, steps=800)
     replay_concurrently(default_uri(tmp_path), tmp_path, tmp_path)

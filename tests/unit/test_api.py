@@ -45,7 +45,9 @@ assert (report.num_done, len(report.trained), report.failed) == (9, 1, []), repo
 
 
 @pytest.fixture(scope="session")
-def trained(built_once: Callable[[str, Callable[[Path], Any]], Path], finished: CommandLine) -> Path:
+def trained(
+    built_once: Callable[[str, Callable[[Path], Any]], Path], finished: CommandLine, warm: WarmCommandLine
+) -> Path:
     """A folder with the tiny experiment, whose last missing cell was trained by `moebench.run` in a script."""
 
     def train(folder: Path) -> None:
@@ -53,16 +55,9 @@ def trained(built_once: Callable[[str, Callable[[Path], Any]], Path], finished: 
         shutil.copytree(finished.folder, folder, dirs_exist_ok=True)
         shutil.rmtree(Results(folder / "results").folder("switch", 1))
         (folder / "script.py").write_text(SCRIPT)
-        done = subprocess.run(
-            [sys.executable, "script.py"],
-            cwd=folder,
-            env=command_line.environment,
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
+        done = warm.run_script(command_line, folder / "script.py")
         command_line.kill_leftovers()
-        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        assert (done.code, done.err) == (0, ""), done.err
 
     return built_once("api_runs", train)
 

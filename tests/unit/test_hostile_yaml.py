@@ -15,7 +15,7 @@ BILLION = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
     f"a{n}: &a{n} [{','.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9)
 )
 LONG_TEXT = f"a: &a {'x' * 5000}\nb: [{','.join(['*a'] * 3000)}]\n"
-MERGED = "a: &a {k: [1, 2]}\n" + "b: [" + ",".join(["{<<: *a}"] * 40_000) + "]"
+MERGED = "a: &a {k: [1, 2]}\n" + "b: [" + ",".join(["{<<: *a}"] * 20_000) + "]"
 
 
 @pytest.mark.parametrize("text", [BILLION, LONG_TEXT, MERGED])
