@@ -11,6 +11,7 @@ from support.cases import VOCAB, Case, Tokens, build_context, route
 from support.training_cases import tiny_config, write_text
 
 from moebench.errors import UsageError
+from moebench.routing import clusters
 from moebench.routing.clusters import cluster_token_ids, embed_token_ids
 from moebench.routing.router import ROUTERS
 from moebench.routing.routers.hash import build_balanced_table
@@ -80,6 +81,17 @@ def test_ids_in_similar_contexts_share_an_expert() -> None:
     assert len({int(table_V[0]), int(table_V[4]), int(table_V[8])}) == 3
     assert torch.equal(table_V, cluster_token_ids(pairs_VV, 3, seed=0))
     assert not embed_token_ids(pairs_VV)[9].any()  # an id that never occurs
+
+
+def test_the_largest_directions_alone_give_the_same_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = np.random.default_rng(0)
+    pairs_VV = torch.from_numpy(draw.poisson(0.2, (90, 90)) * draw.integers(1, 50, (90, 1)))
+    pairs_VV[7], pairs_VV[:, 7] = 0, 0  # an id that never occurs
+    dense_VD = embed_token_ids(pairs_VV)
+    monkeypatch.setattr(clusters, "MAX_DENSE", 89)
+    sparse_VD = embed_token_ids(pairs_VV)
+    torch.testing.assert_close(sparse_VD @ sparse_VD.T, dense_VD @ dense_VD.T, rtol=1e-9, atol=1e-9)
+    assert torch.equal(sparse_VD, embed_token_ids(pairs_VV))
 
 
 def test_clustering_identical_ids_is_refused() -> None:
