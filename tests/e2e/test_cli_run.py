@@ -248,13 +248,10 @@ def test_a_packaged_experiment_is_known_by_its_name_and_path(cli: CommandLine, w
     assert "experiments/quickstrt.yaml: no such experiment file. Did you mean 'quickstart'?" in ended.err
 
 
-READ_THE_WHOLE_CORPUS = ("adapt_domains", "branch_train_merge", "upcycle")
-
-
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(file.stem, marks=pytest.mark.slow if file.stem in READ_THE_WHOLE_CORPUS else ())
+        file.stem
         for file in sorted((ROOT / "moebench" / "experiments").glob("*.yaml"))
         if file.stem not in ("languages", "shakespeare")  # their data are not included
     ],

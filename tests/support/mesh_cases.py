@@ -56,6 +56,25 @@ def _model_options(**overrides: Any) -> dict[str, Any]:
     return merge_settings(case(model=model, train={"z_loss": 0.01, "weight_decay": 0.5}), overrides)
 
 
+def _list_model_options() -> dict[str, dict[str, Any]]:
+    return {
+        "model options": _model_options(),
+        "model options in micro-batches of two passes": _model_options(
+            router={"name": "thor"}, train={"accumulate": 2}
+        ),
+        "model options, heads of a varying number": _model_options(
+            layout={"name": "moduleformer", "match": "none"}, router={"name": "top_p"}
+        ),
+        "model options, attention experts": _model_options(layout={"name": "attention", "match": "none"}),
+        "model options, whole models": _model_options(layout={"name": "whole_model", "match": "none"}),
+        "model options, padded": _model_options(task={"name": "padded"}, model={"tie_embeddings": False}),
+        # Without positions, a bias of normed keys changes no weight: its gradient is rounding alone.
+        "model options, encoder-decoder": _model_options(
+            task={"name": "span_corruption", "sequence_length": 8, "eval_windows": 2}, model={"norm": "rmsnorm"}
+        ),
+    }
+
+
 def matrix() -> dict[str, dict[str, Any]]:
     """Return every case by name."""
     cases = {"top_2": case(), "bf16": case(train={"precision": "bf16"}), "dense": _router("dense")}
@@ -63,6 +82,7 @@ def matrix() -> dict[str, dict[str, Any]]:
     cases["router oracle"] |= {"task": {"name": "clustered"}}  # the others read text
     cases |= {f"layout {entry.name}": _layout(entry.name) for entry in LAYOUTS.entries()}
     cases |= {f"capacity {order}": _capacity(order) for order in ("position", "score", "random")}
+    cases |= _list_model_options()
     return cases | {
         "budget of top_p": case(router={"name": "top_p"}, layout={"match": "measured_flops"}),
         "capacity of gshard": _capacity("router", router="gshard"),
@@ -102,20 +122,6 @@ def matrix() -> dict[str, dict[str, Any]]:
         "muon": case(
             layout={"name": "zero_computation", "num_experts": 8, "match": "none"},
             train={"optimizer": "muon", "accumulate": 2, "router_learning_rate": 1e-2},
-        ),
-        "model options": _model_options(),
-        "model options in micro-batches of two passes": _model_options(
-            router={"name": "thor"}, train={"accumulate": 2}
-        ),
-        "model options, heads of a varying number": _model_options(
-            layout={"name": "moduleformer", "match": "none"}, router={"name": "top_p"}
-        ),
-        "model options, attention experts": _model_options(layout={"name": "attention", "match": "none"}),
-        "model options, whole models": _model_options(layout={"name": "whole_model", "match": "none"}),
-        "model options, padded": _model_options(task={"name": "padded"}, model={"tie_embeddings": False}),
-        # Without positions, a bias of normed keys changes no weight: its gradient is rounding alone.
-        "model options, encoder-decoder": _model_options(
-            task={"name": "span_corruption", "sequence_length": 8, "eval_windows": 2}, model={"norm": "rmsnorm"}
         ),
     }
 
