@@ -42,9 +42,9 @@ MAX_NAMES = 200
 
 
 def list_some(names: Sequence[str]) -> str:
-    """Return names with commas between them; of very many the first ones and the number of the others."""
+    """Return names with commas between them, in quotes where they contain one; of very many the first ones."""
     more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
-    return f"{', '.join(names[:MAX_NAMES])}{more}"
+    return ", ".join(f"'{name}'" if "," in name else name for name in names[:MAX_NAMES]) + more
 
 
 def require(condition: bool, key: str, given: object, allowed: str) -> None:

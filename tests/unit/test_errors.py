@@ -10,6 +10,7 @@ def test_of_very_many_allowed_names_the_first_are_listed() -> None:
     assert message.startswith("baseline: 'arm 7' is unknown. Did you mean 'arm ")
     assert message.endswith(f"arm {MAX_NAMES - 1:05d} and 19,800 more")
     assert str(build_unknown_error("x", "y", ["b", "a"])) == "x: 'y' is unknown. Allowed: a, b"
+    assert str(build_unknown_error("x", "y", ["b, c", "a"])) == "x: 'y' is unknown. Allowed: a, 'b, c'"
 
 
 def test_a_very_long_given_name_is_cut() -> None:
