@@ -1,6 +1,7 @@
 """Clusters of token ids by the contexts in which they occur in the training text."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from moebench.errors import UsageError
 NUM_DIMENSIONS = 32
 """Dimensions of the clustered vectors, at most; a smaller vocabulary gives fewer."""
 MAX_DENSE = 512
-"""Ids of a vocabulary up to which all singular directions are computed; above, the largest ones of a sparse matrix."""
+"""Number of ids up to which all singular vectors are computed; above it, only the largest, which is faster."""
 
 
 def embed_token_ids(pairs_VV: Tensor) -> Tensor:
@@ -24,32 +25,34 @@ def embed_token_ids(pairs_VV: Tensor) -> Tensor:
     and Goldberg 2014, "Neural word embedding as implicit matrix factorization": what skip-gram learns). An id that
     never occurs has the zero vector.
     """
-    if len(pairs_VV) > MAX_DENSE:
-        left_VD, size_D = _find_largest_directions(pairs_VV.numpy())
-    else:
-        counts_VC = torch.cat([pairs_VV.T, pairs_VV], dim=1).double()
-        expected_VC = torch.outer(counts_VC.sum(1), counts_VC.sum(0)) / counts_VC.sum().clamp(min=1)
-        ratio_VC = counts_VC / expected_VC.clamp(min=1e-12)
-        left_VD, size_D, _ = torch.linalg.svd(ratio_VC.clamp(min=1).log(), full_matrices=False)
-    vector_VD = left_VD[:, :NUM_DIMENSIONS] * size_D[:NUM_DIMENSIONS].sqrt()
+    left_VD, size_D = _find_largest_directions(_weigh_pairs(pairs_VV.numpy()))
+    vector_VD = torch.from_numpy(left_VD * np.sqrt(size_D))
     # A row of zeros comes back as rounding errors, which must not become a unit vector.
     return functional.normalize(vector_VD.where(vector_VD.norm(dim=1, keepdim=True) > 1e-9, 0), dim=1)
 
 
-def _find_largest_directions(pairs_VV: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-    """Return the left singular vectors, [V, D], and values of the same matrix: most pairs of many ids never occur."""
+def _weigh_pairs(pairs_VV: NDArray[np.int64]) -> Any:
+    """Return the positive pointwise mutual information of each id (row) with its neighbours, sparse [V, 2 V]."""
     from scipy.sparse import csr_array, hstack
-    from scipy.sparse.linalg import svds
 
     following_VV = csr_array(pairs_VV, dtype=np.float64)
-    counts_VC = hstack([following_VV.T, following_VV], format="coo")
-    counts_VC.sum_duplicates()  # sorts the pairs, which a sum would do later, between two readings of them
-    expected_N = counts_VC.sum(1)[counts_VC.row] * counts_VC.sum(0)[counts_VC.col] / counts_VC.sum()
-    information_VC = counts_VC.copy()
-    information_VC.data = np.log(np.maximum(counts_VC.data / expected_N, 1))
-    # From a given start: the same text gives the same vectors. The values are in ascending order.
-    left_VD, size_D, _ = svds(information_VC.tocsr(), k=NUM_DIMENSIONS, v0=np.ones(len(pairs_VV)))
-    return torch.from_numpy(left_VD[:, ::-1].copy()), torch.from_numpy(size_D[::-1].copy())
+    weight_VC = hstack([following_VV.T, following_VV], format="coo")
+    weight_VC.sum_duplicates()  # sorts the pairs, which a sum would do later, between two readings of them
+    expected_N = weight_VC.sum(1)[weight_VC.row] * weight_VC.sum(0)[weight_VC.col] / max(weight_VC.sum(), 1)
+    weight_VC.data = np.log(np.maximum(weight_VC.data / expected_N, 1))
+    return weight_VC.tocsr()
+
+
+def _find_largest_directions(matrix_VC: Any) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the left singular vectors, [V, D], of the largest singular values, and these, [D]."""
+    from scipy.sparse.linalg import svds
+
+    if matrix_VC.shape[0] <= MAX_DENSE:
+        left_VD, size_D, _ = np.linalg.svd(matrix_VC.toarray(), full_matrices=False)
+        return left_VD[:, :NUM_DIMENSIONS], size_D[:NUM_DIMENSIONS]
+    # With a given start, the same text gives the same vectors. The values are in ascending order.
+    left_VD, size_D, _ = svds(matrix_VC, k=NUM_DIMENSIONS, v0=np.ones(matrix_VC.shape[0]))
+    return left_VD[:, ::-1], size_D[::-1]
 
 
 def cluster_token_ids(pairs_VV: Tensor, num_experts: int, seed: int) -> Tensor:

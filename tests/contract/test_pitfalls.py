@@ -213,7 +213,7 @@ def test_pitfall_10_uneven_ranks_hang_or_diverge(trained: Callable[..., dict]) -
     assert_same_training(trained(Shape(1, 2), **few), trained(ALONE, **few))
 
 
-def test_pitfall_10_idle_experts_have_no_gradient() -> None:
+def test_pitfall_10_idle_experts_have_gradients_too() -> None:
     layer = Case("switch").layer()
     y_TD, record = run(layer, Tokens.draw(0), training=True)
     y_TD.sum().backward()
