@@ -98,6 +98,13 @@ def summarise_baselines(
     return BELOW_TRIVIAL if is_below else "", notes
 
 
+def is_source_below(source: BaselineSource, mean: float, results: Path, split: str) -> bool | None:
+    """Return whether a mean over seeds of runs like the source does not beat the reference; None if it is unknown."""
+    facts = TASKS.get(source.config.task.name).facts
+    baselines = find_baselines(source, results, split).baselines
+    return is_below_trivial(mean, baselines, facts.metric, lower_is_better=facts.lower_is_better)
+
+
 def record_baselines(
     path: Path, source: BaselineSource, results: Path, on_compute: Callable[[], None] = ignore
 ) -> TrivialBaselines:

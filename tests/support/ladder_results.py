@@ -18,7 +18,7 @@ def write_experiment(folder: Path, name: str, *overrides: str, **keys: Any) -> E
     text = folder / "text.txt"
     text.write_text("some words of a text " * 200)
     content = {
-        "base": {"task": {"sequence_length": 16, "data": {"path": str(text)}}},
+        "base": {"task": {"sequence_length": 16, "data": {"path": str(text), "remove_overlap": False}}},
         "grid": {"router": ["dense", "switch"]},
         "seeds": [0, 1, 2],
         "baseline": "dense",

@@ -21,6 +21,7 @@ from moebench.runs.experiment_record import read_record
 from moebench.runs.folder import RunFolder
 from moebench.runs.journal import read_journal
 from moebench.runs.result import RunResult
+from moebench.runs.trivial_baselines import BELOW_TRIVIAL, average_arm, is_below_trivial
 from moebench.tasks.task import TASKS
 
 
@@ -165,12 +166,18 @@ def draw_experiment(
     metric = f"eval/{facts.metric}"
     if not any(metric in point.metrics for seeds in journals.values() for run in seeds.values() for point in run):
         return None
-    trivial = find_trivial_baselines(experiment, cells, results, read_results(cells, results), "validation")
+    run_results = read_results(cells, results)
+    baselines = find_trivial_baselines(experiment, cells, results, run_results, "validation").baselines
+    if comparison is None:  # a failed or unmatched one: the mark does not depend on it
+        mean = average_arm(run_results, experiment.baseline, facts.metric, "validation")
+        is_below = is_below_trivial(mean, baselines, facts.metric, lower_is_better=facts.lower_is_better)
+    else:
+        is_below = comparison.is_below_trivial
     panel = CurvePanel(
         metric=facts.metric,
         lower_is_better=facts.lower_is_better,
-        trivial_baselines=trivial.baselines,
-        warning=comparison.below_trivial_text if comparison else "",
+        trivial_baselines=baselines,
+        warning=BELOW_TRIVIAL if is_below else "",
     )
     return draw_comparison(
         journals,

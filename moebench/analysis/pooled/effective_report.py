@@ -19,6 +19,7 @@ from moebench.errors import UsageError
 from moebench.reporting.formatting import MISSING, format_p, format_plural
 from moebench.reporting.report import Report
 from moebench.reporting.table import Column, Table
+from moebench.runs.trivial_baselines import BELOW_TRIVIAL
 
 LEGEND = (
     "compute: how many times more training FLOPs, as executed, the baseline would need for the quality of the arm;"
@@ -121,10 +122,11 @@ def build_ladder_report(ladder: Ladder) -> Report:
         notes=(f"Training FLOPs of {ladder.baseline}: {sizes}. Columns of sizes: compute at this size alone.",),
     )
     sentences = [describe_effective_compute(ladder, worth) for worth in worths]
+    below = [f"{size.name}: {BELOW_TRIVIAL}" for size in ladder.sizes if size.is_below_trivial]
     notes = [f"Note: {worth.arm}: {note}." for worth in worths for note in worth.notes]
     return Report(
         tables=(table,),
-        notes=(*sentences, *notes, *LEGEND),
+        notes=(*sentences, *below, *notes, *LEGEND),
         values=_to_dict(ladder, worths, sentences),
     )
 
@@ -188,5 +190,6 @@ def _to_dict(ladder: Ladder, worths: Sequence[ArmEffectiveCompute], sentences: S
         "split": ladder.split,
         "baseline": ladder.baseline,
         "sizes": dict(zip([size.name for size in ladder.sizes], ladder.baseline_flops, strict=True)),
+        "below_trivial_baselines": {size.name: size.is_below_trivial for size in ladder.sizes},
         "arms": arms,
     }

@@ -18,6 +18,8 @@ from moebench.analysis.training_flops import compute_training_flops
 from moebench.errors import UsageError
 from moebench.experiment.axes import ARM
 from moebench.experiment.grid import Experiment
+from moebench.experiment.trivial_baselines import BaselineSource, is_source_below
+from moebench.runs.cell import Cell
 from moebench.runs.result import Fault, RunResult
 from moebench.tasks.task import TASKS
 
@@ -33,6 +35,8 @@ class LadderSize:
     runs: Mapping[str, Mapping[int, RunResult]]
     """Arm -> seed -> finished run with a finite metric."""
     num_diverged: Mapping[str, int] = field(default_factory=dict)
+    is_below_trivial: bool | None = None
+    """Whether the baseline does not beat the trivial reference at this size; None if it is unknown."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +154,8 @@ def _read_sizes(
     """Return a size for each combination of values of the grid keys that make sizes."""
     sizes: dict[str, dict[str, dict[int, RunResult]]] = {}
     diverged: dict[str, Counter[str]] = {}
-    for run in read_results(list_trained_cells(experiment, results), results):
+    cells = {cell.id: cell for cell in list_trained_cells(experiment, results)}
+    for run in read_results([*cells.values()], results):
         arm, scale = _name_parts(experiment, run.arm)
         name = f"{experiment_name} ({scale})" if scale else experiment_name
         values = run.metrics if metric.split == "test" else run.validation
@@ -158,7 +163,27 @@ def _read_sizes(
             sizes.setdefault(name, {}).setdefault(arm, {})[run.seed] = replace(run, arm=arm)
         elif run.fault == Fault.DIVERGED or run.status == "done":
             diverged.setdefault(name, Counter())[arm] += 1
-    return [LadderSize(name=name, runs=runs, num_diverged=diverged.get(name, {})) for name, runs in sizes.items()]
+    baseline, _ = _name_parts(experiment, experiment.baseline)
+    below = {
+        name: _is_below_trivial([*runs.get(baseline, {}).values()], cells, results, metric)
+        for name, runs in sizes.items()
+    }
+    return [
+        LadderSize(name=name, runs=runs, num_diverged=diverged.get(name, {}), is_below_trivial=below[name])
+        for name, runs in sizes.items()
+    ]
+
+
+def _is_below_trivial(
+    runs: Sequence[RunResult], cells: Mapping[str, Cell], results: Path, metric: ComparisonMetric
+) -> bool | None:
+    """Return whether runs of the baseline at one size do not beat the trivial reference; None if it is unknown."""
+    if not runs:
+        return None
+    cell = cells[runs[0].id]
+    source = BaselineSource(result=runs[0], config=cell.config, plugin_digests=cell.plugin_digests)
+    mean = fmean((run.metrics if metric.split == "test" else run.validation)[metric.name] for run in runs)
+    return is_source_below(source, mean, results, metric.split)
 
 
 def _name_parts(experiment: Experiment, label: str) -> tuple[str, str]:

@@ -94,6 +94,7 @@ class Pooled:
                     "split": comparison.split,
                     "lower_is_better": comparison.lower_is_better,
                     "sd_of_paired_difference": self.scales[name],
+                    "below_trivial_baselines": comparison.is_below_trivial,
                 }
                 for name, comparison in self.experiments.items()
             },

@@ -27,6 +27,11 @@ def build_pooled_report(pooled: Pooled) -> Report:
         for name, comparison in pooled.experiments.items()
         if comparison.missing
     ]
+    below = [
+        f"{name}: {comparison.below_trivial_text}"
+        for name, comparison in pooled.experiments.items()
+        if comparison.below_trivial_text
+    ]
     sentences = [describe_pooled_arm(pooled, arm) for arm in pooled.arms]
     values = pooled.to_dict()
     for arm, sentence in zip(pooled.arms, sentences, strict=True):
@@ -34,7 +39,7 @@ def build_pooled_report(pooled: Pooled) -> Report:
     return Report(
         tables=(_build_pooled_table(pooled), _build_task_table(pooled)),
         problems=tuple(problems),
-        notes=(*sentences, *_list_notes(pooled), *LEGEND),
+        notes=(*sentences, *below, *_list_notes(pooled), *LEGEND),
         values=values,
     )
 

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,13 @@ from moebench.analysis.scaling.fit import NUM_COEFFICIENTS, Form, Points, choose
 from moebench.config import to_plain
 from moebench.errors import UsageError
 from moebench.experiment.grid import Experiment
+from moebench.experiment.trivial_baselines import BaselineSource, is_source_below
 from moebench.reporting.formatting import format_count, format_plural
 from moebench.routing.router import ROUTERS
 from moebench.runs.cell import Cell
 from moebench.runs.folder import RunFolder
 from moebench.runs.result import RunResult
+from moebench.runs.trivial_baselines import BELOW_TRIVIAL
 from moebench.schema import CellConfig
 from moebench.tasks.task import TASKS, TaskFacts
 from moebench.training.utilization import BACKWARD_FACTOR
@@ -38,6 +41,7 @@ class Run:
 
     config: CellConfig
     result: RunResult
+    plugin_digests: Sequence[str] = ()
 
     @property
     def is_dense(self) -> bool:
@@ -98,6 +102,7 @@ def collect_runs(experiments: Sequence[Experiment], results: Path, split: str = 
         problems=(
             *_list_problems(len(cells), runs),
             *(f"{each.label}: no law: {each.refusal}" for each in routers if each.refusal),
+            *_mark_sizes([run for run in done if run.is_dense], facts.metric, results, split),
         ),
     )
 
@@ -121,7 +126,7 @@ def _read_runs(cells: Iterable[Cell], results: Path) -> Iterator[Run]:
     for cell in cells:
         result = RunFolder.of(results, cell.id).read_result()
         if result is not None:
-            yield Run(config=cell.config, result=result)
+            yield Run(config=cell.config, result=result, plugin_digests=cell.plugin_digests)
 
 
 def _list_problems(num_cells: int, runs: Sequence[Run]) -> Iterator[str]:
@@ -133,6 +138,18 @@ def _list_problems(num_cells: int, runs: Sequence[Run]) -> Iterator[str]:
         yield f"{num_cells - len(runs)} of {num_cells} cells have no result yet"
     if len({run.result.eval_digest for run in done}) > 1:
         yield "the sizes were evaluated on different data or windows, so part of their differences is not of size"
+
+
+def _mark_sizes(dense: Sequence[Run], metric: str, results: Path, split: str) -> Iterator[str]:
+    """Yield a line for each model size at which the dense runs do not beat the trivial reference."""
+    sizes: dict[str, list[Run]] = {}
+    for run in dense:
+        sizes.setdefault(_identify_size(run), []).append(run)
+    for runs in sizes.values():
+        first, mean = runs[0], fmean(run.read_loss(metric, split) for run in runs)
+        source = BaselineSource(result=first.result, config=first.config, plugin_digests=first.plugin_digests)
+        if is_source_below(source, mean, results, split):
+            yield f"dense with {format_count(first.read_cost('active_params'))} parameters: {BELOW_TRIVIAL}"
 
 
 def _build_routers(done: Sequence[Run], metric: str, split: str) -> Iterator[RouterRuns]:
@@ -177,7 +194,7 @@ def _label_groups(configs: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _build_points(runs: Sequence[Run], metric: str, split: str) -> Points:
-    sizes = [json.dumps(to_plain(run.config.model), sort_keys=True) for run in runs]
+    sizes = [_identify_size(run) for run in runs]
     numbers = {size: number for number, size in enumerate(dict.fromkeys(sizes))}
     return Points(
         num_params_M=np.array([run.read_cost("active_params") for run in runs], float),
@@ -185,6 +202,10 @@ def _build_points(runs: Sequence[Run], metric: str, split: str) -> Points:
         loss_M=np.array([run.read_loss(metric, split) for run in runs], float),
         size_M=np.array([numbers[size] for size in sizes], float),
     )
+
+
+def _identify_size(run: Run) -> str:
+    return json.dumps(to_plain(run.config.model), sort_keys=True)
 
 
 def _find_refusal(points: Points, form: Form | None, runs: Sequence[Run]) -> str:

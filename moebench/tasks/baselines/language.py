@@ -14,6 +14,8 @@ from moebench.tasks.baselines.ngrams import LEFT, NgramModel, read_context
 from moebench.tasks.baselines.stored_text import (
     NUM_BYTE_SYMBOLS,
     ByteSymbols,
+    describe_counts,
+    find_byte_limit,
     read_byte_symbols,
     read_domain_text,
     read_training_bytes,
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from moebench.tasks.task import Batch
 
 REFERENCE_ORDER = 3
-MEANING = "counts of the training split (Witten-Bell); order n predicts a byte from the n - 1 before it in the window"
+MEANING = "(Witten-Bell); order n predicts a byte from the n - 1 before it in the window"
 
 
 def compute_language_baselines(task: "TextTask", split: str) -> list[TrivialBaseline]:
@@ -39,10 +41,11 @@ def compute_language_baselines(task: "TextTask", split: str) -> list[TrivialBase
         target_N, context_CN, domain_N = _read_predicted_bytes(batch, symbols)
         lengths.add(model.compute_nats(target_N, context_CN), domain_N)
         lengths.add_weight(batch)
+    counts = describe_counts(task, find_byte_limit(task, symbols))
     ngrams = [
         TrivialBaseline(
             name=f"order-{order} n-gram",
-            meaning=MEANING,
+            meaning=f"{counts} {MEANING}",
             values=lengths.values(order - 1),
             is_reference=order == REFERENCE_ORDER,
         )

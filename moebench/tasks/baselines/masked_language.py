@@ -8,14 +8,14 @@ import numpy as np
 from moebench.tasks.baselines.baseline import TrivialBaseline
 from moebench.tasks.baselines.measure import EVAL_BATCH, CodeLength, Values
 from moebench.tasks.baselines.ngrams import LEFT, MISSING, TWO_SIDED, NgramModel, max_order, read_context
-from moebench.tasks.baselines.stored_text import MAX_TRAINING_TOKENS, read_training_tokens
+from moebench.tasks.baselines.stored_text import MAX_TRAINING_TOKENS, describe_counts, read_training_tokens
 
 if TYPE_CHECKING:
     from moebench.tasks.masked_language import MaskedLanguage
     from moebench.tasks.task import Batch
 
 METHODS = {
-    (LEFT, 1): ("order-1 n-gram", "token counts of the training split"),
+    (LEFT, 1): ("order-1 n-gram", "token counts"),
     (LEFT, 3): ("order-3 n-gram", "token n-grams (Witten-Bell) from the 2 visible tokens before"),
     (LEFT, 5): ("order-5 n-gram", "token n-grams (Witten-Bell) from the 4 visible tokens before"),
     (TWO_SIDED, 3): ("order-3 two-sided n-gram", "token n-grams (Witten-Bell) from a visible token on each side"),
@@ -42,10 +42,11 @@ def compute_masked_baselines(task: "MaskedLanguage", split: str) -> list[Trivial
         domain_N = np.broadcast_to(batch.domain_B.numpy()[:, None], selected_BP.shape)[selected_BP]
         lengths.add(np.stack([nats[offsets][order - 1] for offsets, order in methods]), domain_N)
         lengths.add_weight(batch)
+    counts = describe_counts(task, MAX_TRAINING_TOKENS)
     return [
         TrivialBaseline(
             name=METHODS[method][0],
-            meaning=f"{METHODS[method][1]}; a visible token at the position itself has probability 1/2",
+            meaning=f"{METHODS[method][1]}, {counts}; a visible token at the position itself has probability 1/2",
             values=lengths.values(row),
             is_reference=method == REFERENCE,
         )

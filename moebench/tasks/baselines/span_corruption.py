@@ -8,7 +8,7 @@ import numpy as np
 from moebench.tasks.baselines.baseline import TrivialBaseline
 from moebench.tasks.baselines.measure import EVAL_BATCH, CodeLength, Values
 from moebench.tasks.baselines.ngrams import LEFT, NgramModel, max_order, read_context
-from moebench.tasks.baselines.stored_text import MAX_TRAINING_TOKENS, read_training_tokens
+from moebench.tasks.baselines.stored_text import MAX_TRAINING_TOKENS, describe_counts, read_training_tokens
 
 if TYPE_CHECKING:
     from moebench.tasks.span_corruption import SpanCorruption
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 REFERENCE_ORDER = 3
 MEANING = (
-    "counts of the training split (Witten-Bell); order n predicts a removed token from the n - 1 before it, and the"
+    "(Witten-Bell); order n predicts a removed token from the n - 1 before it, and the"
     " distribution of spans predicts sentinels"
 )
 
@@ -41,10 +41,11 @@ def compute_span_baselines(task: "SpanCorruption", split: str) -> list[TrivialBa
         sentinel_B = compute_sentinel_nats(batch.target_BP.numpy() >= task.first_sentinel)
         lengths.add(np.broadcast_to(sentinel_B, (len(orders), len(sentinel_B))), batch.domain_B.numpy())
         lengths.add_weight(batch)
+    counts = describe_counts(task, MAX_TRAINING_TOKENS)
     return [
         TrivialBaseline(
             name=f"order-{order} n-gram",
-            meaning=MEANING,
+            meaning=f"{counts} {MEANING}",
             values=lengths.values(order - 1),
             is_reference=order == min(REFERENCE_ORDER, len(orders)),
         )

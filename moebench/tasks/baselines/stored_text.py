@@ -48,18 +48,30 @@ def read_byte_symbols(task: "TextTask") -> ByteSymbols:
 def read_training_tokens(task: "TextTask", limit: int) -> list[Values]:
     """Return the token stream of the training split in blocks (int32); of more than `limit`, evenly spaced ones."""
     split = task.text.train
-    num_blocks = -(-_count_tokens(split) // BLOCK)
-    kept = min(num_blocks, max(limit // BLOCK, 1))
+    kept, num_blocks = _count_blocks(split, limit)
     starts = (np.arange(kept) * num_blocks // kept * BLOCK).tolist()
     return [_read_tokens(split, start, start + BLOCK, task.text.vocab_size) for start in starts]
 
 
+def describe_counts(task: "TextTask", limit: int) -> str:
+    """Return what `read_training_tokens` reads, for a legend."""
+    kept, num_blocks = _count_blocks(task.text.train, limit)
+    if kept == num_blocks:
+        return "counts of the training split"
+    return f"counts of {kept / num_blocks:.0%} of the training split, in evenly spaced blocks"
+
+
 def read_training_bytes(task: "TextTask", symbols: ByteSymbols) -> Values:
     """Return the bytes of the training split, or of `MAX_TRAINING_BYTES` of it, as symbols (int16)."""
+    blocks = read_training_tokens(task, find_byte_limit(task, symbols))
+    return np.concatenate([symbols.encode(block_N) for block_N in blocks])
+
+
+def find_byte_limit(task: "TextTask", symbols: ByteSymbols) -> int:
+    """Return the number of tokens that stand for about `MAX_TRAINING_BYTES`."""
     count_V = np.asarray(task.text.token_count_V)
     bytes_per_token = float(count_V @ symbols.length_V[: len(count_V)]) / max(int(count_V.sum()), 1)
-    blocks = read_training_tokens(task, int(MAX_TRAINING_BYTES / max(bytes_per_token, 1)))
-    return np.concatenate([symbols.encode(block_N) for block_N in blocks])
+    return int(MAX_TRAINING_BYTES / max(bytes_per_token, 1))
 
 
 def read_domain_text(task: "TextTask", split: str, symbols: ByteSymbols, limit: int) -> list[bytes]:
@@ -75,6 +87,12 @@ def read_domain_text(task: "TextTask", split: str, symbols: ByteSymbols, limit: 
 
 
 # Only the two functions below know how tokens are stored.
+
+
+def _count_blocks(split: "TextSplit", limit: int) -> tuple[int, int]:
+    """Return how many blocks are read, and all."""
+    num_blocks = -(-_count_tokens(split) // BLOCK)
+    return min(num_blocks, max(limit // BLOCK, 1)), num_blocks
 
 
 def _count_tokens(split: "TextSplit") -> int:

@@ -6,10 +6,17 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.image import imread
+from matplotlib.text import Text
 
 from moebench.analysis.compare.comparison import compare
 from moebench.analysis.compare.figure import draw_comparison
-from moebench.analysis.compare.learning_curve import average_seeds, find_limits, format_curve_label, spread_labels
+from moebench.analysis.compare.learning_curve import (
+    CurvePanel,
+    average_seeds,
+    find_limits,
+    format_curve_label,
+    spread_labels,
+)
 from moebench.analysis.compare.values import Comparison, Difference
 from moebench.analysis.specialisation.figures import draw_load
 from moebench.runs.journal import Point
@@ -111,6 +118,16 @@ def test_draw_comparison_of_many_arms_one_of_them_dead_early(tmp_path):
     journals = {f"arm_{i}": {0: points(2 + 0.01 * i + 5 / np.arange(1, 21))} for i in range(9)}
     journals["dead"] = {0: points([7.0, 6.0])}
     assert draw_comparison(journals, path=tmp_path / "many.png", title="ten arms").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("num_arms", [2, 10])
+def test_draw_comparison_shows_the_mark(tmp_path, monkeypatch, num_arms):
+    written = []
+    set_text = Text.set_text
+    monkeypatch.setattr(Text, "set_text", lambda text, value: written.append(value) or set_text(text, value))
+    journals = {f"arm {number}": {0: points([3.0, 2.5, 2.0])} for number in range(num_arms)}
+    draw_comparison(journals, CurvePanel(warning="below"), path=tmp_path / "curves.png", title="which?")
+    assert "below" in written
 
 
 def test_draw_comparison_refuses_to_draw_nothing(tmp_path):

@@ -1,15 +1,18 @@
 """Ladders of sizes from results folders: several experiments, one grid over sizes, refusals."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from support.ladder_results import write_experiment, write_size
+from support.run_folders import write_data_digests
 from support.tuned_results import write_failed
 
 from moebench.analysis.pooled.effective_report import build_ladder_report
 from moebench.analysis.pooled.experiments import name_uniquely
 from moebench.analysis.pooled.ladder import read_ladder
 from moebench.errors import UsageError
+from moebench.runs.folder import RunFolder
 
 WIDTHS = (16, 32, 64)
 
@@ -37,6 +40,23 @@ def test_a_planted_factor_is_found(ladder, tmp_path):
     assert report.notes[0].endswith("wall clock (3 sizes, 2.0 decades).")
     assert values["p_holm"] < 0.05
     json.dumps(report.values, allow_nan=False)
+
+
+def test_sizes_below_trivial_baselines_are_marked(ladder, tmp_path):
+    # The text repeats 20 characters, so trigrams predict it well and the planted losses do not.
+    results = tmp_path / "results"
+    for experiment in ladder[:2]:
+        write_data_digests(results, experiment.cells)
+    for cell in ladder[1].cells:
+        folder = RunFolder.of(results, cell.id)
+        folder.write_result(replace(folder.read_result(), metrics={"bits_per_byte": 1e-3}))
+    read = read_ladder(ladder, results)
+    # S2: its runs were evaluated on other data, so nothing is known.
+    assert {size.name: size.is_below_trivial for size in read.sizes} == {"S0": True, "S1": False, "S2": None}
+    report = build_ladder_report(read)
+    assert report.values["below_trivial_baselines"] == {"S0": True, "S1": False, "S2": None}
+    marks = [note for note in report.notes if "below trivial" in note]
+    assert marks == ["S0: below trivial baselines: a ranking at this size says little"]
 
 
 def test_times_at_different_load_give_no_wall_clock(ladder, tmp_path):

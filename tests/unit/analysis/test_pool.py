@@ -11,6 +11,7 @@ from moebench.analysis.compare.values import BITS_PER_BYTE, ComparisonMetric
 from moebench.analysis.pooled.pool import pool_comparisons
 from moebench.analysis.pooled.report import build_pooled_report
 from moebench.errors import UsageError
+from moebench.tasks.baselines.baseline import TrivialBaseline
 
 SD = 0.0015811
 """Of the differences that `make_results` makes."""
@@ -56,6 +57,17 @@ def test_better_is_positive_whatever_the_direction_of_the_metric():
     higher = ComparisonMetric(name="bits_per_byte", lower_is_better=False)
     experiments = {"a": compare_offsets({"dense": 0, "switch": 0.01}, metric=higher)}
     assert pool(**experiments)[1]["switch"].tasks["a"].effect > 0
+
+
+def test_experiments_below_trivial_baselines_are_marked():
+    trivial = TrivialBaseline(name="order-3 n-gram", meaning="counts", values={"bits_per_byte": 1.9}, is_reference=True)
+    below = replace(compare_offsets({"dense": 0, "switch": -0.01}), trivial_baselines=(trivial,))  # dense: 2.0
+    above = replace(below, trivial_baselines=(replace(trivial, values={"bits_per_byte": 2.5}),))
+    report = build_pooled_report(pool(a=below, b=above, c=replace(below, trivial_baselines=()))[0])
+    marks = [note for note in report.notes if "below trivial" in note]
+    assert marks == ["a: below trivial baselines: a ranking at this size says little"]
+    marked = {name: values["below_trivial_baselines"] for name, values in report.values["experiments"].items()}
+    assert marked == {"a": True, "b": False, "c": None}
 
 
 def test_an_arm_counts_where_it_is():

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from support.command_line import ROOT
+from support.run_folders import write_data_digests
 from support.scaling_ladder import FEW, LAW, expand_ladder, write_runs
 from support.tiny_experiment import write_text
 
@@ -39,6 +40,20 @@ def test_the_planted_law_of_each_router(tmp_path):
         assert len(router["effective_params"]) == 12
     json.loads(report.to_json())
     assert "too few numbers of experts for six coefficients: E_max infinite" in report.to_markdown()
+
+
+def test_sizes_below_trivial_baselines_are_named(tmp_path):
+    experiment, results = expand_ladder(tmp_path), tmp_path / "results"
+    write_runs(experiment, results)
+    dense = [cell for cell in experiment.cells if cell.config.router.name == "dense"]
+    write_data_digests(results, [cell for cell in dense if cell.config.model.d_model in (16, 32)])
+    for cell in dense:
+        folder = RunFolder.of(results, cell.id)
+        value = 9.0 if cell.config.model.d_model == 16 else 1e-3
+        folder.write_result(replace(folder.read_result(), metrics={"bits_per_byte": value}))
+    problems = collect_runs([experiment], results).problems
+    marks = [problem for problem in problems if "below trivial" in problem]
+    assert marks == ["dense with 25.6k parameters: below trivial baselines: a ranking at this size says little"]
 
 
 def test_groups_of_one_router_are_named_by_their_options(tmp_path):

@@ -184,6 +184,9 @@ def test_a_long_training_split_is_sampled_evenly(text: Path, tmp_path: Path, mon
     blocks = stored_text.read_training_tokens(task, 350)
     num_blocks = -(-len(task.text.train.tokens_N) // 100)
     starts = [index * num_blocks // 3 * 100 for index in range(3)]
+    sampled = f"counts of {3 / num_blocks:.0%} of the training split, in evenly spaced blocks"
+    assert stored_text.describe_counts(task, 350) == sampled
+    assert stored_text.describe_counts(task, 10**9) == "counts of the training split"
     assert [block.tolist() for block in blocks] == [
         task.text.train.tokens_N[start : start + 100].tolist() for start in starts
     ]
