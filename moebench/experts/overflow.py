@@ -71,7 +71,7 @@ def _count_assignments(routing: Routing, span: Span, ranks: Ranks) -> tuple[int,
     """Return the number of assignments of each process: of a rectangle known from the tokens, else exchanged."""
     if routing.top_k is not None and span.lengths:
         return tuple(length * routing.top_k for length in span.lengths)
-    length = torch.tensor([routing.expert_N.numel()], device=routing.expert_N.device)
+    length = torch.full((1,), routing.expert_N.numel(), device=routing.expert_N.device)
     return tuple(int(number) for number in ranks.gather(length, lengths=(1,) * ranks.size).tolist())
 
 

@@ -96,7 +96,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value_T: Tensor, ranks: GroupRanks, lengths: tuple[int, ...]) -> Tensor:
         if not lengths:
-            length = torch.tensor([value_T.shape[0]], device=value_T.device)
+            length = torch.full((1,), value_T.shape[0], device=value_T.device)
             lengths = tuple(int(number) for number in ranks.all_gather(length).flatten().tolist())
         if lengths[ranks.rank] != value_T.shape[0]:
             raise ValueError(f"rank {ranks.rank} gathers {value_T.shape[0]} elements, of {lengths} that were announced")

@@ -85,7 +85,7 @@ class ExpertExchange:
         in_flight_RI = dispatch.start(x_RI[: sum(send)])
         if while_in_flight is not None and self.overlap:
             while_in_flight()
-        order = RowOrder.of(received_WE)
+        order = RowOrder.of(received_WE, sum(receive))
         sorted_RO = compute_received(dispatch.finish(in_flight_RI), order, received_WE.sum(0))
         y_RO = permute_rows(sorted_RO, order.by_process_R, order.by_expert_R)
         if while_in_flight is not None and not self.overlap:
@@ -102,11 +102,12 @@ class RowOrder:
     by_process_R: Tensor
 
     @classmethod
-    def of(cls, received_WE: Tensor) -> "RowOrder":
-        """Return the stable order, given the rows from each process for each expert."""
+    def of(cls, received_WE: Tensor, num_rows: int) -> "RowOrder":
+        """Return the stable order, given the rows from each process for each expert, and their number."""
         num_processes, num_experts = received_WE.shape
         expert_WE = torch.arange(num_experts, device=received_WE.device).repeat(num_processes)
-        by_expert_R = expert_WE.repeat_interleave(received_WE.flatten()).argsort(stable=True)
+        expert_R = expert_WE.repeat_interleave(received_WE.flatten(), output_size=num_rows)
+        by_expert_R = expert_R.argsort(stable=True)
         by_process_R = torch.empty_like(by_expert_R)
         by_process_R[by_expert_R] = torch.arange(len(by_expert_R), device=by_expert_R.device)
         return cls(by_expert_R, by_process_R)

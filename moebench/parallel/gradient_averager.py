@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from moebench.experts.bank import is_sharded, local_shard
 from moebench.parallel.mesh import Mesh
+from moebench.routing.constants import build_constant_like
 
 BUCKET_BYTES = 25 * 2**20
 """Gradients are sent together up to this size; a larger one by itself."""
@@ -46,7 +47,7 @@ class Bucket:
                 torch.zeros_like(local_shard(parameter.detach())) if grad is None else grad
                 for parameter, grad in zip(self.parameters, grads, strict=True)
             ]
-            flags = [] if self.is_of_experts else [filled[0].new_tensor([float(grad is not None) for grad in grads])]
+            flags = [] if self.is_of_experts else [build_constant_like([grad is not None for grad in grads], filled[0])]
             self.flat = torch.cat([*[grad.reshape(-1) for grad in filled], *flags])
         if not self.is_of_experts:
             self.flat.div_(num_processes)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moebench.errors import UsageError
 from moebench.registry import Registry
+from moebench.routing.constants import build_constant_like
 from moebench.routing.ranking import SCORE_QUANTUM, rank_top_k
 from moebench.routing.reduction import LossValue, reduce_record
 from moebench.routing.values import LayerRecord, Routing
@@ -202,7 +203,7 @@ def parameter_penalty(record: LayerRecord) -> LossValue:
     value is k times the mean width of this one.
     """
     scores_TE = _require_table(record.routing.scores_TE, "parameter_penalty", "scores")
-    size_E = scores_TE.new_tensor(record.flops_E or (1,) * record.routing.num_experts)
+    size_E = build_constant_like(record.flops_E or (1,) * record.routing.num_experts, scores_TE)
     num_experts = record.routing.num_experts
 
     def formula(load_E: Tensor, mean_E: Tensor) -> Tensor:

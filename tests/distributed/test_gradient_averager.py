@@ -63,3 +63,29 @@ def test_average_over_two_processes() -> None:
         assert torch.equal(second["averaged"][name], averaged)
     for name, gradient in first["again"].items():  # after `close`
         assert gradient is None if first["local"][name] is None else torch.equal(gradient, first["local"][name])
+
+
+def list_sent(mesh: Mesh) -> list[int]:
+    """Return the number of buckets in flight whenever the backward pass has reached another layer."""
+    gradient_averager.BUCKET_BYTES = 60
+    module = Gated()
+    averager = GradientAverager(list(module.parameters()), mesh)
+    sent: list[int] = []
+
+    def watch(parameter: torch.Tensor) -> None:
+        sent.append(sum(bucket.work is not None for bucket in averager.buckets))
+
+    for layer in module.layers:  # after the hooks of the averager, so the bucket of this layer may be in flight
+        layer.weight.register_post_accumulate_grad_hook(watch)
+    averager.start()
+    module(torch.randn(4, 3), [0, 1, 2, 3, 4]).backward()
+    averager.finish()
+    return sent
+
+
+def test_buckets_are_sent_while_the_backward_pass_runs() -> None:
+    # A layer is a bucket. Each is sent when the gradients of its weight and its bias are there, before the next layer.
+    for sent in Shape(2, 1).run(list_sent):
+        assert len(sent) == 5
+        assert sent == sorted(sent)
+        assert sent[1:] >= [1, 2, 3, 4]

@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 from support.case_selection import combine_axes
-from support.host_waits import HostWaits
+from support.host_waits import HostWaits, waits_of_steps
 from support.training_cases import Run, Watched, assert_same_tree, tiny_config, write_text
 
-from moebench.training.callback import CellCallback
 from moebench.training.divergence import NonFiniteError
 from moebench.training.model import prepare_task
 from moebench.training.optimizer.clipping import clip_in_update
@@ -31,23 +30,10 @@ def later(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[HostWaits]:
+def waits() -> Iterator[HostWaits]:
     """Those of the fifth to the eighth step of a run."""
-    counter, begin, end = HostWaits(), CellCallback.on_train_batch_start, CellCallback.on_train_batch_end
-
-    def start_step(callback: CellCallback, trainer: Any, module: Any, batch: Any, index: int) -> None:
-        if index == 4:
-            counter.__enter__()
-        begin(callback, trainer, module, batch, index)
-
-    def end_step(callback: CellCallback, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
-        end(callback, trainer, module, outputs, batch, index)
-        if index == 7:
-            counter.__exit__(None, None, None)
-
-    monkeypatch.setattr(CellCallback, "on_train_batch_start", start_step)
-    monkeypatch.setattr(CellCallback, "on_train_batch_end", end_step)
-    yield counter
+    with waits_of_steps(4, 7) as counter:
+        yield counter
     for place in list(counter.places):
         assert place.split()[-1].startswith(("training/", ON_A_CPU)), counter.places
 
