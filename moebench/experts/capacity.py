@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from moebench.components import LayoutConfig
 from moebench.routing.ranking import log_scores, rank_all
+from moebench.routing.sorting import count_keys, sort_keys
 from moebench.routing.values import Routing
 from moebench.seeds import DeferredGenerator, as_generator
 
@@ -76,7 +77,8 @@ class Capacity:
 def keep_first_slots(routing: Routing, slots: int, precedence_N: Tensor) -> Tensor:
     """Return kept_N (bool): the first `slots` assignments of each expert, among those that count."""
     queue_N = routing.expert_N.where(routing.counted_N, routing.num_experts)
-    return routing.counted_N & (find_queue_positions(queue_N, routing.num_experts, precedence_N) < slots)
+    position_N = find_queue_positions(queue_N, routing.num_experts, precedence_N, like=routing.weight_N)
+    return routing.counted_N & (position_N < slots)
 
 
 def order_by_precedence(routing: Routing, order: DropOrder, generator: Generator | DeferredGenerator) -> Tensor:
@@ -96,24 +98,30 @@ def order_by_precedence(routing: Routing, order: DropOrder, generator: Generator
         return _first_choices_first(routing)
     if order == "router" and routing.priority_N is not None:
         return rank_all(routing.priority_N)
-    return routing.token_N.argsort(stable=True)
+    if routing.top_k is not None:  # token after token
+        return torch.arange(routing.token_N.numel(), device=routing.token_N.device)
+    return sort_keys(routing.token_N, None, routing.num_tokens, like=routing.weight_N).index_N
 
 
 def _first_choices_first(routing: Routing) -> Tensor:
     """Return the assignments by choice, then by the largest weight of their token, then by token."""
     token_N, num_tokens = routing.token_N, routing.num_tokens
     weight_N = log_scores(routing.weight_N)
-    choice_N = find_queue_positions(token_N, num_tokens, rank_all(weight_N))
+    choice_N = find_queue_positions(token_N, num_tokens, rank_all(weight_N), like=routing.weight_N)
     best_T = weight_N.new_full((num_tokens,), -torch.inf).scatter_reduce(0, token_N, weight_N, "amax")
-    rank_T = rank_all(best_T).argsort()
+    ranked_T = rank_all(best_T)
+    rank_T = torch.empty_like(ranked_T).scatter_(0, ranked_T, torch.arange(num_tokens, device=ranked_T.device))
     return (choice_N * num_tokens + rank_T[token_N]).argsort()
 
 
-def find_queue_positions(queue_N: Tensor, num_queues: int, precedence_N: Tensor) -> Tensor:
-    """Return each assignment's position in its queue, from 0; queue `num_queues` is for those outside all queues."""
-    sorted_N, by_queue_N = queue_N[precedence_N].sort(stable=True)
-    length_Q = torch.zeros(num_queues + 1, dtype=torch.int64, device=queue_N.device)
-    length_Q = length_Q.scatter_add(0, queue_N, torch.ones_like(queue_N))
+def find_queue_positions(queue_N: Tensor, num_queues: int, precedence_N: Tensor, *, like: Tensor) -> Tensor:
+    """Return each assignment's position in its queue, from 0; queue `num_queues` is for those outside all queues.
+
+    `like`: see `sort_keys`.
+    """
+    queued_N = queue_N[precedence_N]
+    by_queue = sort_keys(queued_N, None, num_queues + 1, like=like)
+    length_Q = count_keys(queued_N, None, num_queues + 1) if by_queue.count_Q is None else by_queue.count_Q
     start_Q = length_Q.cumsum(0) - length_Q
-    position_N = torch.arange(queue_N.numel(), device=queue_N.device) - start_Q[sorted_N]
-    return torch.empty_like(position_N).scatter_(0, precedence_N[by_queue_N], position_N)
+    position_N = torch.arange(queue_N.numel(), device=queue_N.device) - start_Q[queued_N[by_queue.index_N]]
+    return torch.empty_like(position_N).scatter_(0, precedence_N[by_queue.index_N], position_N)

@@ -132,9 +132,11 @@ def reroute(routing: Routing, kept_N: Tensor, slots: int, precedence_N: Tensor) 
     other_TO = rank_top_k(ranked_TE, min(NUM_ROUNDS, num_experts))
     for turn in range(other_TO.shape[1]):
         candidate_N = other_TO[token_N, turn]
-        is_first_N = find_queue_positions(token_N.where(waiting_N, num_tokens), num_tokens, precedence_N) == 0
+        queue_N = token_N.where(waiting_N, num_tokens)
+        is_first_N = find_queue_positions(queue_N, num_tokens, precedence_N, like=routing.weight_N) == 0
         requests_N = waiting_N & is_first_N & (turn < num_others_T[token_N])
-        position_N = find_queue_positions(candidate_N.where(requests_N, num_experts), num_experts, precedence_N)
+        queue_N = candidate_N.where(requests_N, num_experts)
+        position_N = find_queue_positions(queue_N, num_experts, precedence_N, like=routing.weight_N)
         granted_N = requests_N & (position_N < free_E[candidate_N])
         expert_N = candidate_N.where(granted_N, expert_N)
         waiting_N, kept_N = waiting_N & ~granted_N, kept_N | granted_N

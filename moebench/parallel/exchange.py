@@ -104,13 +104,25 @@ class RowOrder:
     @classmethod
     def of(cls, received_WE: Tensor, num_rows: int) -> "RowOrder":
         """Return the stable order, given the rows from each process for each expert, and their number."""
-        num_processes, num_experts = received_WE.shape
-        expert_WE = torch.arange(num_experts, device=received_WE.device).repeat(num_processes)
-        expert_R = expert_WE.repeat_interleave(received_WE.flatten(), output_size=num_rows)
-        by_expert_R = expert_R.argsort(stable=True)
-        by_process_R = torch.empty_like(by_expert_R)
-        by_process_R[by_expert_R] = torch.arange(len(by_expert_R), device=by_expert_R.device)
-        return cls(by_expert_R, by_process_R)
+        # Rows of one process and expert are a block in both orders: it moves as a whole, and nothing is sorted.
+        received_EW = received_WE.T
+        start_WE, start_EW = _find_starts(received_WE), _find_starts(received_EW)
+        shift_EW = start_WE.T - start_EW
+        place_R = torch.arange(num_rows, device=received_WE.device)
+        return cls(
+            by_expert_R=place_R + _repeat_blocks(shift_EW, received_EW, num_rows),
+            by_process_R=place_R - _repeat_blocks(shift_EW.T, received_WE, num_rows),
+        )
+
+
+def _find_starts(length_AB: Tensor) -> Tensor:
+    """Return the start of each block, of blocks that lie one after another."""
+    return (length_AB.flatten().cumsum(0) - length_AB.flatten()).view(length_AB.shape)
+
+
+def _repeat_blocks(value_AB: Tensor, length_AB: Tensor, num_rows: int) -> Tensor:
+    """Return the value of each row's block."""
+    return value_AB.flatten().repeat_interleave(length_AB.flatten(), output_size=num_rows)
 
 
 def permute_rows(x_RI: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
