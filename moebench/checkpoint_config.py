@@ -19,7 +19,7 @@ _PERCENTAGE = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,6})?) ?%")
 class CheckpointConfig:
     """Options of `train` that choose the number of steps, and at which of them weights are saved."""
 
-    LEFT_OUT_AT_DEFAULT: ClassVar[tuple[str, ...]] = ("skip_batches",)
+    LEFT_OUT_AT_DEFAULT: ClassVar[tuple[str, ...]] = ("skip_batches", "compile")
     """Keys that are not part of a cell's id at their defaults, so that ids from before they existed stay the same."""
 
     steps: int = 1800

@@ -189,13 +189,15 @@ def refuse_rerouting_without_scores(c: Combination) -> Iterator[str]:
 
 
 def refuse_sharding(c: Combination) -> Iterator[str]:
-    """Require experts of each kind in multiples of `parallel.expert`, neither merged by the router nor whole models."""
+    """Require experts of each kind in multiples of `parallel.expert`, not merged, compiled or whole models."""
     num_processes, layout = c.config.parallel.expert, c.config.layout.name
     if num_processes > 1 and c.router.item.form.is_merged:
         yield (
             f"parallel.expert={num_processes}: router '{c.config.router.name}' merges the parameters of all experts, so"
             " every process needs them (allowed: parallel.expert=1 and parallel.data)"
         )
+    if num_processes > 1 and c.config.train.compile and c.banks:
+        yield f"train.compile: experts on parallel.expert={num_processes} processes are not compiled (allowed: false)"
     for shapes in (bank.shapes for bank in c.banks if num_processes > 1):
         for shape, equal_shapes in itertools.groupby(shapes):
             num_equal = len(list(equal_shapes))
@@ -207,10 +209,8 @@ def refuse_sharding(c: Combination) -> Iterator[str]:
             elif shape.kind not in WITHOUT_NETWORK and num_equal % num_processes:
                 experts = "experts" if num_equal == len(shapes) else "experts of one kind"
                 divisors = ", ".join(str(n) for n in range(1, num_equal + 1) if num_equal % n == 0)
-                yield (
-                    f"parallel.expert={num_processes} does not divide the {num_equal} {experts} of layout '{layout}'"
-                    f" (try {divisors})"
-                )
+                count = f"{num_equal} {experts} of layout '{layout}'"
+                yield f"parallel.expert={num_processes} does not divide the {count} (try {divisors})"
 
 
 def refuse_divided_sequence_groups(c: Combination) -> Iterator[str]:

@@ -16,6 +16,10 @@ class StepConfig:
     """Activations that are computed again in the backward pass instead of kept: none, or all inside each transformer
     block (a third more FLOPs, and memory for the inputs of blocks and for one block at a time). layout.recompute is
     that of experts alone."""
+    compile: bool = False
+    """Compile the blocks of the model (`torch.compile`): fewer and larger kernels on a GPU, after first steps that take
+    up to minutes. Parts of routers that draw random numbers are not compiled. Not for experts on several processes. On
+    a CPU it needs a C++ compiler. Results change by rounding."""
     tf32: bool = False
     """On a GPU, compute products of fp32 matrices in TF32 (10 bits of mantissa), on its tensor cores; routers stay
     exact. For precision=fp32; it changes nothing on a CPU."""

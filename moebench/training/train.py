@@ -27,6 +27,7 @@ from moebench.schema import CellConfig, TrainConfig
 from moebench.tasks.task import Task
 from moebench.training.batches import StepBatches
 from moebench.training.callback import CellCallback, RunContext
+from moebench.training.compilation import compile_blocks
 from moebench.training.divergence import NonFiniteError, SpikeError
 from moebench.training.evaluation import Evaluation
 from moebench.training.initial_weights.load import LoadedWeights, load_initial_weights
@@ -94,6 +95,8 @@ def _fit_with_rewinds(
             _record_loaded(loaded, model, context)
         # Each batch passes the embedding: in training, in evaluations and where a task probes the trained model.
         model.embedding.register_forward_hook(lambda *_: context.report_activity("active"))
+        if config.train.compile:
+            compile_blocks(model, mesh.device)
         module = CellModule(config, model, task, mesh, context.should_stop, rewinds)
         callback = CellCallback(context, timer, cell_id)
         try:

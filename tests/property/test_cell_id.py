@@ -85,6 +85,7 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "train.cross_entropy": ("chunked",),
     "train.trainable": ("experts",),
     "train.tf32": (True,),
+    "train.compile": (True,),
     "balance.scope": ("local",),
     "parallel.data": (2,),
     "parallel.expert": (2,),

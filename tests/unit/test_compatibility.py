@@ -106,6 +106,11 @@ REFUSALS: list[tuple[str, dict[str, Any], str]] = [
         "parallel.expert=2: the experts of layout 'whole_model' are whole models, which stay on every process",
     ),
     (
+        "refuse_sharding",
+        {"train": {"compile": True}, "parallel": {"expert": 2}},
+        "train.compile: experts on parallel.expert=2 processes are not compiled (allowed: false)",
+    ),
+    (
         "refuse_divided_sequence_groups",
         {"router": {"name": "mixture_of_tokens", "group_size": 3}, "train": {"batch_size": 4}},
         "train.batch_size=4 does not divide into groups of 3 sequences, which router 'mixture_of_tokens' mixes",
