@@ -21,4 +21,5 @@ class LayerName:
     @property
     def seed_part(self) -> int | str:
         """Part of the seed of the layer's generators: seeds derive from `repr`, so a plain index stays a number."""
-        return self.block if str(self) == str(self.block) else str(self)
+        is_plain = self.half is None and self.part == "feed_forward"
+        return self.block if is_plain else str(self)
