@@ -40,6 +40,8 @@ def breaks() -> Iterator[Counter[str]]:
 
 # The tables of rotations are cached, and the compiler traces what makes them.
 @pytest.mark.filterwarnings("ignore:.*lru_cache:UserWarning")
+# Inductor imports what torch itself calls deprecated.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 # It says what it cannot trace, and leaves it out.
 @pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace:UserWarning")
 # It also looks for the gradients of the tensors that it meets.
