@@ -20,7 +20,7 @@ demo: $(VENV)/installed  ## install, run the quickstart experiment, print the co
 	@echo "  moebench compare switch gshard       any routers against the dense model"
 	@echo "  results/experiments/quickstart/curves.png"
 
-test: $(VENV)/installed-dev  ## the tests without those marked slow: seven to nine minutes on two slow cores, less on faster ones
+test: $(VENV)/installed-dev  ## the tests without those marked slow: seven to eleven minutes on two slow cores, less on faster ones
 	$(PYTEST) -m "not slow and not gpu"
 
 test-all: $(VENV)/installed-dev  ## all tests, with all combinations and the long simulations (the UI test needs chromium)

@@ -20,7 +20,7 @@ class CheckpointConfig:
     """Options of `train` that choose the number of steps, and at which of them weights are saved."""
 
     LEFT_OUT_AT_DEFAULT: ClassVar[tuple[str, ...]] = ("skip_batches", "compile")
-    """Keys that are not part of a cell's id at their defaults, so that ids from before they existed stay the same."""
+    """Keys of `train` that are left out of a cell's id at their defaults, so that ids from before they existed stay."""
 
     steps: int = 1800
     """Number of optimizer updates."""

@@ -219,7 +219,7 @@ def build_trainer(
     )
     # The caller decides what a signal does; lightning would end the training at SIGTERM, without a checkpoint.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    # So no process has a signal for the others, of which lightning would otherwise ask and wait before each batch.
+    # So there is never a signal to announce, and lightning need not broadcast whether there is one before each batch.
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return trainer
 
