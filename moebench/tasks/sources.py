@@ -3,10 +3,11 @@
 import hashlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,15 @@ def warn(message: str) -> None:
     print_text(f"task.data: {message}", file=sys.stderr)
 
 
-def load_dataset(*arguments: Any, **options: Any) -> Any:
+@cache
+def warn_of_changing_data(name: str, revision: str | None) -> None:
+    """Warn, once for each data set, that its bytes may change between two runs, unless `revision` is a commit."""
+    if re.fullmatch("[0-9a-f]{40}", revision or "") is None:
+        given = "no revision" if revision is None else f"revision '{revision}', which is not a commit"
+        warn(f"data set '{name}' of the hub has {given}: its content may change between runs; give a commit")
+
+
+def load_dataset(name: str, config: str | None, *, revision: str | None, **options: Any) -> Any:
     """Call `datasets.load_dataset` without progress bars, warnings and telemetry."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import datasets
@@ -112,7 +121,9 @@ def load_dataset(*arguments: Any, **options: Any) -> Any:
     datasets.disable_progress_bars()
     huggingface_hub.logging.set_verbosity(logging.CRITICAL)  # it logs every retry
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # failures are raised anyway
-    return datasets.load_dataset(*arguments, **options)
+    dataset = datasets.load_dataset(name, config, revision=revision, **options)
+    warn_of_changing_data(name, revision)
+    return dataset
 
 
 def first_line(error: Exception) -> str:

@@ -10,6 +10,7 @@ import pytest
 
 from moebench.config import resolve
 from moebench.errors import UsageError
+from moebench.tasks.sources import warn_of_changing_data
 from moebench.tasks.text.document import Document
 from moebench.tasks.text.pack import PACKS, pack_group
 from moebench.tasks.text.sources import TextDataConfig, load_documents, source_digest
@@ -206,6 +207,19 @@ def test_named_data_set_is_read_like_a_file(hub, streaming):
     assert sorted(texts(load_documents(config))) == [row["text"] for row in ROWS]
     with pytest.raises(UsageError, match=r"task\.data\.dataset: .* cannot be read .*task\.data\.path=\.\.\."):
         load_documents(TextDataConfig(dataset="on/hub", split="tset"))
+
+
+def test_a_data_set_of_the_hub_without_a_commit_is_warned_of_once(hub, capsys):
+    write_jsonl(hub / "train.jsonl", ROWS)
+    warn_of_changing_data.cache_clear()
+    for revision in (None, None, "main", "0123456789" * 4):
+        load_documents(TextDataConfig(dataset="on/hub", revision=revision))
+    lines = capsys.readouterr().err.splitlines()
+    ending = "its content may change between runs; give a commit"
+    assert lines == [
+        f"task.data: data set 'on/hub' of the hub has no revision: {ending}",
+        f"task.data: data set 'on/hub' of the hub has revision 'main', which is not a commit: {ending}",
+    ]
 
 
 LATE = [{"text": f"document {number}"} for number in range(1100)] + [{"text": "last", "domain": "b"}]
