@@ -152,6 +152,7 @@ class TrainConfig(OptimizerConfig, StepConfig, CheckpointConfig):
         divides = self.batch_size % self.accumulate == 0
         require(divides, "train.accumulate", self.accumulate, f"a divisor of train.batch_size={self.batch_size}")
         self.check_kept_steps()
+        self.check_step()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from moebench.errors import require
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepConfig:
@@ -18,8 +20,13 @@ class StepConfig:
     that of experts alone."""
     compile: bool = False
     """Compile the blocks of the model (`torch.compile`): fewer and larger kernels on a GPU, after first steps that take
-    up to minutes. Parts of routers that draw random numbers are not compiled. Not for experts on several processes. On
-    a CPU it needs a C++ compiler. Results change by rounding."""
+    up to minutes. Parts of routers that draw random numbers are not compiled. Not with tf32, and not for experts on
+    several processes. On a CPU it needs a C++ compiler. Results change by rounding."""
     tf32: bool = False
     """On a GPU, compute products of fp32 matrices in TF32 (10 bits of mantissa), on its tensor cores; routers stay
     exact. For precision=fp32; it changes nothing on a CPU."""
+
+    def check_step(self) -> None:
+        """Raise UsageError for options that cannot be combined."""
+        # A graph does not switch the precision of products, as routers need it.
+        require(not (self.compile and self.tf32), "train.tf32", "true", "false with train.compile=true")

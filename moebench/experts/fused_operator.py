@@ -34,7 +34,7 @@ def mixture(
     """Return y_TD, and for the backward pass the hidden units of each row and the order of the assignments."""
     experts = _plan((x_TD, weight_N, w_in_EDF), lists)
     y_TD, hidden_RF, _ = experts.forward(x_TD, weight_N, w_in_EDF, w_out_EFD)
-    return y_TD, hidden_RF, experts.plan.order_N
+    return y_TD, hidden_RF.contiguous(), experts.plan.order_N  # as promised below: kernels may return slices
 
 
 @mixture.register_fake
@@ -53,7 +53,9 @@ def mixture_backward(grad_TD: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, 
     """Return the gradients of x_TD, the weights of the assignments and the weights of the experts."""
     *tensors, hidden_RF, order_N = arguments[:6]
     experts = _plan(tensors, arguments[6:], order_N)
-    return experts.backward(grad_TD.contiguous(), tuple(tensors), (hidden_RF, None))
+    gradients = experts.backward(grad_TD.contiguous(), tuple(tensors), (hidden_RF, None))
+    x_TD, weight_N, w_in_EDF, w_out_EFD = (gradient.contiguous() for gradient in gradients)
+    return x_TD, weight_N, w_in_EDF, w_out_EFD
 
 
 @mixture_backward.register_fake

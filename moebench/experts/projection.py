@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.nn import functional
 from typing_extensions import override
 
 from moebench.experts.activation import Dropout
@@ -119,7 +120,7 @@ class HeadBank(Bank):
         assert isinstance(kept, Routing)
         has_holes = kept.kept_N is not None or kept.top_k is None
         # Attention runs for the largest number of heads of any token.
-        num_slots = kept.experts_per_token_T.max().clamp(min=1) if has_holes else kept.top_k or 0
+        num_slots = functional.pad(kept.experts_per_token_T, (0, 1), value=1).max() if has_holes else kept.top_k or 0
         attention = attention_score_flops(record.sequence_length or 0, self.w_query_EDH.shape[2])
         return super().executed_flops(record) + num_slots * record.num_positions * attention
 

@@ -103,7 +103,7 @@ class HeadExperts(nn.Module):
         load_E = plan.groups.load_E
         query_RH = self.bank.queries(dispatch(x_TD, plan), load_E)
         slot_R = _slots_of_assignments(kept)[plan.assignment_R]
-        num_slots = kept.top_k or int(kept.experts_per_token_T.max()) or 1
+        num_slots = kept.top_k or max([1, *kept.experts_per_token_T.tolist()])
         query_TKH = _scatter_queries(query_RH, plan.token_R, slot_R, kept.num_tokens, num_slots)
         mixed_TKH = self._attend(x_BLD, query_TKH, positions, dropout)
         y_RD = self.bank.outputs(mixed_TKH[plan.token_R, slot_R], load_E)

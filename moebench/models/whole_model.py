@@ -74,7 +74,7 @@ class StackBank(Bank):
         flops = kept.weight_N.new_zeros((), dtype=torch.float64)
         for index, weight_flops in enumerate(self.flops_per_row_E()):
             sequence_R = kept.token_N[kept.expert_N == index] // length
-            longest = max(int(sequence_R.bincount(minlength=num_sequences).max()), 1)
+            longest = max([1, *sequence_R.bincount(minlength=num_sequences).tolist()])
             flops = flops + num_sequences * longest * (weight_flops + self._score_flops(longest))
         return flops
 
@@ -100,7 +100,7 @@ class PackedTokens:
         count_B = torch.zeros(num_tokens // length, dtype=torch.int64, device=device)
         count_B = count_B.index_add(0, sequence_R, torch.ones_like(sequence_R))
         column_R = torch.arange(token_R.numel(), device=device) - (count_B.cumsum(0) - count_B)[sequence_R]
-        longest = max(int(count_B.max()), 1)
+        longest = max([1, *count_B.tolist()])  # a process may have no sequence
         position_BC = torch.zeros(len(count_B), longest, dtype=torch.int64, device=device)
         position_BC = position_BC.index_put((sequence_R, column_R), token_R % length)
         # Attention needs at least one position to attend to.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from moebench.parallel.optimizer_state import complete_state
 from moebench.parallel.parameter_shards import ParameterShard, gather_updates
 
 
@@ -53,8 +54,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Tensors are parts of the full ones and share the memory of the state. `names`: of the model's parameters.
         """
         values: dict[str, Any] = {}
-        if not self.state:
-            self._allocate_state()
+        complete_state(self, super().step)
         for group, of_group in zip(self.param_groups, self.shards_by_group, strict=True):
             for shard in of_group:
                 name = names[shard.parameter]
@@ -72,19 +72,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for key in group:
                 if key != "params":
                     group[key] = values[f"{prefix}{key}"]
-
-    def _allocate_state(self) -> None:
-        """Create the state of all shards, by an update that changes nothing."""
-        rates = [group["lr"] for group in self.param_groups]
-        for shard in self.shards:
-            if shard.updated is not None:
-                shard.updated.grad = torch.zeros_like(shard.updated)
-        for group in self.param_groups:
-            group["lr"] = 0.0
-        super().step()
-        for group, rate in zip(self.param_groups, rates, strict=True):
-            group["lr"] = rate
-        self._release_gradients()
 
     def _release_gradients(self) -> None:
         """Drop the gradients of the shards: as views they would keep those of the parameters in memory."""

@@ -22,6 +22,7 @@ from typing_extensions import override
 from moebench.parallel.checkpoint import VerifiedCheckpointIO
 from moebench.parallel.gradient_averager import GradientAverager
 from moebench.parallel.mesh import Mesh
+from moebench.parallel.optimizer_state import complete_state
 from moebench.parallel.process_info import ProcessInfo
 from moebench.parallel.sharded_optimizer import ShardedOptimizer
 
@@ -60,6 +61,7 @@ class _NamedStateStrategy(Strategy):
         optimizer = getattr(optimizer, "_optimizer", optimizer)
         if isinstance(optimizer, ShardedOptimizer):
             return optimizer.state_by_name(self._parameter_names())
+        complete_state(optimizer, optimizer.step)
         return get_optimizer_state_dict(self.lightning_module, optimizer, options=BY_NAME)
 
     @override

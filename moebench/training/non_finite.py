@@ -96,7 +96,7 @@ def trace_step(module: Trainable, step: int) -> str:
     note = ""
     try:
         _check_parameters(module.model, log)
-        with _watch_modules(module.model, log, gradients=True):
+        with _uncompiled(module.config), _watch_modules(module.model, log, gradients=True):
             for micro_batch, batch in enumerate(module.source.make_micro_batches(step)):
                 _repeat_micro_batch(module, step, micro_batch, batch, log)
     except Exception as error:
@@ -111,7 +111,8 @@ def trace_evaluation(module: Trainable, batches: Sequence[Batch]) -> str:
     log = FindingList()
     _check_parameters(module.model, log)
     first = _select_first(log, module.mesh)
-    with evaluation_mode(module.model), training_precision(module.config.train, module.device):
+    precision = training_precision(module.config.train, module.device)
+    with evaluation_mode(module.model), precision, _uncompiled(module.config):
         for number, batch in enumerate(batches if not first else ()):
             part = select_rank_part(batch, module.mesh, module.model).to(module.device)
             with _watch_modules(module.model, log, gradients=False):
@@ -124,6 +125,11 @@ def trace_evaluation(module: Trainable, batches: Sequence[Batch]) -> str:
             if first:
                 return f"batch {number} of the split, {first}"
     return first or "the values of each batch are finite in their repetition"
+
+
+def _uncompiled(config: CellConfig) -> contextlib.AbstractContextManager[Any]:
+    """Return a context without compiled graphs, which call no hook of a module inside."""
+    return torch.compiler.set_stance("force_eager") if config.train.compile else contextlib.nullcontext()
 
 
 def _repeat_micro_batch(module: Trainable, step: int, micro_batch: int, batch: Batch, log: FindingList) -> None:

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from support.cases import D_MODEL, Case, Tokens, assert_same_gradients, randomise_parameters, run
 from support.routing_strategies import crowded_routings, rectangles, routings
 from torch import Tensor
+from torch.library import opcheck
 
 from moebench.bench.layer.saved import count_saved_bytes
 from moebench.experts import dispatch, fused_operator, grouped
 from moebench.experts.capacity import Capacity
 from moebench.experts.feed_forward import ExpertBank
 from moebench.experts.fused import compute_fused_mixture
+from moebench.experts.kernels import grouped_mm
 from moebench.experts.kernels.groups import Groups
 from moebench.experts.layer import LayerOptions, MoELayer
 from moebench.experts.reference import double_loop
@@ -187,7 +189,23 @@ def test_the_operator_keeps_the_contract_of_torch_library(kept: Tensor | None) -
     x_TD, weight_N = torch.randn(6, D_MODEL, requires_grad=True), torch.rand(6, requires_grad=True)
     lists = torch.arange(6), torch.tensor([0, 3, 3, 3, 1, 0]), kept, 1
     arguments = (x_TD, weight_N, bank.w_in_EDF, bank.w_out_EFD, *lists, "swiglu")
-    assert set(torch.library.opcheck(fused_operator.mixture, arguments).values()) == {"SUCCESS"}
+    assert set(opcheck(fused_operator.mixture, arguments).values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_the_operator_has_the_promised_strides_where_rows_are_padded(
+    monkeypatch: pytest.MonkeyPatch, activation: str
+) -> None:
+    # On a GPU, widths that are no multiple of 16 bytes are padded, and the results are slices.
+    use_gpu_path(monkeypatch)
+    monkeypatch.setattr(grouped, "KERNELS", (grouped_mm,))
+    bank = randomise_parameters(ExpertBank(D_MODEL, 10, 4, activation))
+    tensors = torch.randn(6, D_MODEL), torch.rand(6), bank.w_in_EDF.detach(), bank.w_out_EFD.detach()
+    lists = torch.arange(6), torch.tensor([0, 3, 3, 3, 1, 0]), None, 1, activation
+    utilities = ("test_schema", "test_faketensor")
+    opcheck(fused_operator.mixture, (*tensors, *lists), test_utils=utilities)
+    y_TD, *saved = fused_operator.mixture(*tensors, *lists)
+    opcheck(fused_operator.mixture_backward, (torch.ones_like(y_TD), *tensors, *saved, *lists), test_utils=utilities)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])

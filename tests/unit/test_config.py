@@ -62,6 +62,7 @@ def message_of(raw: Mapping[str, Any]) -> str:
         ({"train": {"steps": [3]}}, ["train.steps: "]),
         ({"train": {"steps": None}}, ["train.steps: "]),
         ({"train": 7}, ["train"]),
+        ({"train": {"compile": True, "tf32": True}}, ["train.tf32", "true", "false with train.compile=true"]),
         ({"train": {"precision": "fp8"}}, ["train.precision: ", "fp8", "fp32", "bf16"]),
         ({"model": {"activation": "relu"}}, ["model.activation: ", "relu", "gelu", "swiglu"]),
         ({"router": {"losses": {"z": "big"}}}, ["router.losses.z: ", "big", "a number"]),

@@ -4,9 +4,9 @@ Gumbel noise is added to the logits and the token goes to the argmax. The forwar
 is that of the softmax of the noisy logits at temperature τ.
 """
 
-import math
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -80,6 +80,8 @@ class Gumbel(Router["Gumbel.Config"]):
             scores_TE=logits_TE.softmax(-1),
         )
 
-    def _temperature(self, step: int) -> float:
+    def _temperature(self, step: int) -> Tensor:
+        """Return the temperature, []: a tensor, since a compiled graph would be made again for each other number."""
         options = self.options
-        return max(options.final_temperature, options.temperature * math.exp(-options.anneal_rate * step))
+        decay = torch.full((), -options.anneal_rate * step, dtype=torch.float64).exp()
+        return (options.temperature * decay).clamp(min=options.final_temperature)

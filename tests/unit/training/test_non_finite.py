@@ -10,6 +10,7 @@ from support.training_cases import Run, tiny_config, write_text
 from moebench.launch.error_report import classify_error
 from moebench.registry import load_plugin
 from moebench.runs.result import Fault
+from moebench.training import compilation
 from moebench.training.divergence import NonFiniteError
 from moebench.training.module import CellModule
 from moebench.training.non_finite import FindingList
@@ -51,6 +52,18 @@ def test_failure_names_step_batch_and_layer(text: Path, tmp_path: Path, options:
     pattern = rf"(loss|gradient norm) is (nan|inf) at step 4; no update was made; {BATCH}, first in {place}"
     assert re.fullmatch(pattern, str(caught.value)), caught.value
     assert classify_error(caught.value) == Fault.DIVERGED
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*lru_cache:UserWarning", "ignore:Dynamo does not know how to trace:UserWarning")
+@pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_failure_in_compiled_blocks_names_the_layer(text: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    load_plugin(str(ROUTER))
+    run = Run(tiny_config(text, router={"name": "spoiled", "call": 1}, train={"compile": True}), tmp_path)
+    with pytest.raises(NonFiniteError, match=r"first in the activation of backbone\.blocks\.\d\.feed_forward\.router "):
+        run()
+    torch._dynamo.reset()
 
 
 def test_a_parameter_is_named_before_what_it_spoils(text: Path, tmp_path: Path, monkeypatch) -> None:

@@ -17,6 +17,7 @@ from moebench.training.model import build_initialised_model, prepare_task
 ROUTERS_WITH_AND_WITHOUT_DRAWS = [
     "noisy_top_k",
     "quantile_balancing",
+    {"name": "stable_moe", "stage_1_steps": 0},  # its student never has a gradient
     *(pytest.param(name, marks=pytest.mark.slow) for name in ("switch", "random")),
 ]
 
@@ -63,8 +64,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Mapping[str, 
     return write_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("router", ROUTERS_WITH_AND_WITHOUT_DRAWS)
-def test_resumed_run_equals_an_uninterrupted_one(text: Path, tmp_path: Path, router: str) -> None:
+@pytest.mark.parametrize("router", ROUTERS_WITH_AND_WITHOUT_DRAWS, ids=str)
+def test_resumed_run_equals_an_uninterrupted_one(text: Path, tmp_path: Path, router: Any) -> None:
     config = tiny_config(text, router=router)
     full, parts = Run(config, tmp_path / "full"), Run(config, tmp_path / "parts")
     result = full()

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from support.cases import Case, Tokens, route, run
 from support.identity_gates import build_identity_router, expert_weights, record_of, route_logits
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from moebench.errors import UsageError
 from moebench.routing.router import Router
@@ -150,6 +151,14 @@ def test_gumbel_weight_is_1_with_a_softmax_gradient() -> None:
     for load, share in zip(load_E.tolist(), P_E[0].tolist(), strict=True):
         assert abs(load - share * 2000) <= SIGMAS * math.sqrt(2000 * share * (1 - share))
     assert expert_weights(route_logits(router, P_E.log())) == {0: 1.0}, "no sampling in evaluation"
+
+
+def test_annealing_is_compiled_once_for_all_steps() -> None:
+    router, counter = build_identity_router("gumbel", 2), CompileCounter()
+    divide = torch.compile(lambda x_T, step: x_T / router._temperature(step), backend=counter)
+    for step in range(2, 9):
+        assert float(divide(torch.ones(1), step)) == pytest.approx(1 / max(0.5, math.exp(-1e-4 * step)))
+    assert counter.frame_count <= 2  # for the first step, and for any
 
 
 @pytest.mark.parametrize(("step", "temperature"), [(0, 1.0), (1000, math.exp(-0.1)), (100_000, 0.5)])
