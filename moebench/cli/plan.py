@@ -140,10 +140,12 @@ def _explain_power(planned: "PlannedPower") -> list[str]:
 
 def _print_heading(grid: "Experiment") -> None:
     from moebench.cli.output import make_console
+    from moebench.experiment.trials import note_unequal_budgets
 
     console = make_console()
     console.print(f"{grid.name}: {grid.question}", highlight=False, markup=False)
-    for note in grid.notes:
+    arms = grid.tuning.arms if grid.tuning else ()
+    for note in (*grid.notes, *note_unequal_budgets({of_arm.arm: len(of_arm.trials) for of_arm in arms})):
         console.print(f"note: {note}", highlight=False, markup=False)
 
 

@@ -12,6 +12,9 @@ from moebench.schema import CellConfig
 from moebench.tasks.task import Task
 from moebench.tasks.text.sources import TextDataConfig
 
+CORPUS_BYTES = 160e6
+"""Bytes of training text of `task.data.pack=corpus`."""
+
 
 @runtime_checkable
 class FiniteTask(Protocol):
@@ -87,12 +90,13 @@ def require_epochs(cells: Sequence[Cell], costs: ModelCosts) -> None:
             raise UsageError(
                 f"{cell.arm}: train.steps={train.steps} with train.batch_size={train.batch_size}"
                 f" are {need.epochs:.1f} epochs of the training split (allowed: {need.max_epochs:g};"
-                f" {_suggest_data(cell.config)}, fewer steps, or train.max_epochs={math.ceil(need.epochs)})"
+                f" {_suggest_data(cell.config, need)}, fewer steps, or train.max_epochs={math.ceil(need.epochs)})"
             )
 
 
-def _suggest_data(config: CellConfig) -> str:
-    """Return where more data are: the larger embedded text, for a task that reads the smaller one."""
+def _suggest_data(config: CellConfig, need: DataNeed) -> str:
+    """Return where more data are: the larger embedded text, if it is enough, for a task that reads the smaller one."""
     data = getattr(config.task, "data", None)
     is_small_text = isinstance(data, TextDataConfig) and (data.pack, data.path, data.dataset) == ("domains", None, None)
-    return "more data such as task.data.pack=corpus" if is_small_text else "more data"
+    is_enough = is_small_text and (need.needed_bytes or 0) <= CORPUS_BYTES
+    return "more data such as task.data.pack=corpus" if is_enough else "more data"

@@ -95,7 +95,8 @@ def _run_tuned(experiment: Experiment, setup: RunSetup) -> RunReport:
     state = read_tuning(experiment, setup.results)
     assert state is not None
     settled = apply_choices(experiment, state)
-    record_experiment(setup.results, settled)
+    if settled.cells:
+        record_experiment(setup.results, settled)
     summary = TuningReport(state=state, outcomes=outcomes, num_final_cells=len(experiment.cells))
     if report.interrupted or state.unfinished or not settled.cells:
         return replace(report, experiment=settled, num_done=0, outcomes=[], tuning=summary)

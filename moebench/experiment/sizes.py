@@ -7,16 +7,16 @@ both rounded.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
-from moebench.config import component_keys, merge_settings, read_yaml
+from moebench.config import NOT_IN_ID, component_keys, merge_settings, read_yaml
 from moebench.conversion import Untyped, apply_values
 from moebench.errors import UsageError, build_unknown_error
 from moebench.experiment.axes import component_name
 from moebench.experiment.files import list_sizes
 from moebench.ranges import POSITIVE_FINITE, Range, at_least_1_up_to, check_ranges
-from moebench.schema import ExperimentConfig
+from moebench.schema import ExperimentConfig, ModelConfig, TrainConfig
 
 SECTIONS = ("model", "train", "task")
 """Sections that a size may set: routers and layouts are what an experiment compares."""
@@ -46,6 +46,11 @@ class SizeConfig:
         for section in self.base:
             if section not in SECTIONS:
                 raise UsageError(f"base.{section}: a size does not set it (allowed: {', '.join(SECTIONS)})")
+        for section, options in (("model", fields(ModelConfig)), ("train", fields(TrainConfig))):
+            known = [option.name for option in options]
+            for key in self.base.get(section, {}):
+                if key not in known:
+                    raise build_unknown_error(f"base.{section}", key, known)
         if "name" in self.base.get("task", {}):
             raise UsageError("base.task.name: a size does not set it; the experiment names its task")
 
@@ -66,7 +71,8 @@ def apply_size(config: ExperimentConfig, own_size: str | None, overrides: Mappin
     """Return the experiment with the keys of its size in `base`.
 
     The size that its own file names, `own_size`, is below the keys of `base`; another one, which was chosen for this
-    call, is above them. `overrides`: of cells; where they name another task, the size's options are those of that task.
+    call, takes the place of model and training in it. `overrides`: of cells; where they name another task, the size's
+    options are those of that task.
     """
     if config.size is None or not isinstance(config.base, Mapping):
         return config
@@ -78,8 +84,15 @@ def apply_size(config: ExperimentConfig, own_size: str | None, overrides: Mappin
         base = merge_settings(base, {"task": {"name": task}})
     preset = merge_settings({}, _read_size_of(config.size, task).base)
     preset["task"] = {"name": task, **preset.get("task", {})}
-    layers: tuple[Any, Any] = (preset, base) if config.size == own_size else (base, preset)
+    layers: tuple[Any, Any] = (preset, base) if config.size == own_size else (_leave_out_regime(base), preset)
     return replace(config, base=merge_settings(*layers))
+
+
+def _leave_out_regime(base: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` without its model and training: of `train`, keys that change no result stay."""
+    train = base.get("train", {})
+    kept = {key: value for key, value in train.items() if key in NOT_IN_ID["train"]}
+    return {section: value for section, value in base.items() if section not in ("model", "train")} | {"train": kept}
 
 
 def check_size(name: str | None, tasks: Sequence[str]) -> None:

@@ -70,6 +70,15 @@ class Tuning:
     """Updates of a tuning run; None: as many as in the reported runs."""
 
 
+def note_unequal_budgets(counts: Mapping[str, int]) -> list[str]:
+    """Return a note if the arms do not have equally many trials; `counts`: trials by arm."""
+    fewest, most = min(counts.values(), default=0), max(counts.values(), default=0)
+    if fewest == most:
+        return []
+    arms = ", ".join(arm for arm, count in counts.items() if count < most)
+    return [f"unequal budgets: {fewest} to {most} trials; fewer for {arms} (tune.extra gives them more)"]
+
+
 def build_tuning(config: ExperimentConfig, arms: Sequence[Arm], build_cell: BuildCell) -> Tuning:
     """Build every trial of every arm; raise UsageError for a key that no arm has and a trial that cannot be trained."""
     tune = config.tune
@@ -122,7 +131,7 @@ def _check_key(key: str, arms: Sequence[Arm]) -> None:
     if not any(has_key(arm.config, key) for arm in arms):
         known = dict.fromkeys(name for arm in arms for name in _list_keys("", to_plain(arm.config)))
         known = {name: None for name in known if name.split(".")[0] in SECTIONS}
-        raise UsageError(f"tune.grid.{key}: has no effect on any arm.{suggest(key, known)}")
+        raise UsageError(f"tune.grid.{key}: no arm has this key.{suggest(key, known)}")
 
 
 def _list_keys(prefix: str, value: Any) -> list[str]:

@@ -52,11 +52,11 @@ def test_two_processes_train_on_it_as_one_does(cli: CommandLine) -> None:
     [
         (("prepare", "texts", "--out", "x"), "error: DATA: 'texts' does not exist. Did you mean 'text'?"),
         (("prepare", "text"), "error: Missing option '--out'"),
-        (("prepare", "--out", "x"), "error: DATA must be files, or --dataset, got ()"),
+        (("prepare", "--out", "x"), "error: DATA must be files, or --dataset, got nothing"),
         (("prepare", "text", "--out", "x", "--tokenizer", "no.json"), "error: --tokenizer: 'no.json' does not exist"),
         (("prepare", "rows.jsonl", "--out", "x"), "error: --text-column: there is no column 'text' in rows.jsonl"),
         (("prepare", "text", "--out", "text"), "error: --out: 'text' is not empty (it has 'a')"),
-        (("verify", "text"), "error: prepared folder 'text': manifest.json is not valid"),
+        (("verify", "text"), "error: 'text' is not a prepared folder: it has no manifest.json"),
     ],
 )
 def test_mistakes_are_one_line(cli: CommandLine, warm: WarmCommandLine, arguments, message) -> None:

@@ -48,6 +48,24 @@ def test_arms_that_would_be_refused_are_refused_before_the_tuning_runs(
     assert not Results(tuned.folder / "results").folders()
 
 
+def test_an_experiment_of_which_no_arm_can_choose_ends_without_a_traceback(
+    tuned: CommandLine, warm: WarmCommandLine
+) -> None:
+    tuned.write(tune=TUNE | {"grid": {"train.learning_rate": [1e12]}}, grid={"router": ["dense", "switch"]}, seeds=[0])
+    run = warm.train(tuned)
+    assert (run.code, "Traceback" in run.err) == (1, False), run.err
+    for arm in ("dense", "switch"):
+        assert f"failed: {arm}: all 1 trials of its tuning failed" in run.err + run.out
+    assert "phase 2" not in run.err
+
+
+def test_a_plan_says_which_arms_have_fewer_trials(tuned: CommandLine, warm: WarmCommandLine) -> None:
+    tune = {"grid": {"train.learning_rate": [1e-2, 2e-2], "router.losses.load_balance": [0.01, 0.1]}, "seeds": [7]}
+    tuned.write(tune=tune, grid={"router": ["dense", "switch"]}, seeds=[0])
+    plan = " ".join(warm(tuned, "plan", "./tiny.yaml").out.split())
+    assert "note: unequal budgets: 2 to 4 trials; fewer for dense (tune.extra gives them more)" in plan
+
+
 @pytest.mark.slow
 def test_two_runners_share_the_phases(tuned: CommandLine) -> None:
     runners = [tuned.start_training("--jobs", "1") for _ in range(2)]

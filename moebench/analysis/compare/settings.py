@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from moebench.analysis.compare.values import Split
+from moebench.config import NOT_IN_ID
 
 SECTIONS = ("model", "train", "balance")
 """Sections of a configuration that every algorithm has: a grid that varies a key of them is a tuning grid."""
@@ -35,6 +36,7 @@ def find_varied_settings(configs: Sequence[Mapping[str, Any]]) -> list[str]:
         f"{section}.{key}"
         for section in SECTIONS
         for key in _list_differing_keys(config.get(section, {}) for config in configs)
+        if key not in NOT_IN_ID.get(section, ())  # it changes no result, and may be that of an earlier run
     }
     losses: dict[str, list[Mapping[str, Any]]] = {}
     for config in configs:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from moebench.experiment.trials import shorten_keys
+from moebench.experiment.trials import note_unequal_budgets, shorten_keys
 from moebench.experiment.tuning import Choice, TuningState
 from moebench.launch.failure import build_failed_result
 from moebench.reporting.formatting import MISSING, format_number, format_plural, format_signed
@@ -89,10 +89,7 @@ def list_tuning_notes(state: TuningState | None) -> list[str]:
         for choice in state.choices
         if choice.ties
     ]
-    if len(set(counts.values())) > 1:
-        fewest, most = min(counts.values()), max(counts.values())
-        arms = ", ".join(arm for arm, count in counts.items() if count < most)
-        notes.append(f"unequal budgets: {fewest} to {most} trials; fewer for {arms} (tune.extra gives them more)")
+    notes += note_unequal_budgets(counts)
     waiting = [f"{choice.arm} ({choice.describe_progress()})" for choice in state.unfinished]
     if waiting:
         notes.append(f"not tuned yet, so not trained: {', '.join(waiting)}")

@@ -160,7 +160,8 @@ def _require_groups(num_groups: Mapping[str, int]) -> None:
         if count < MIN_GROUPS:
             raise UsageError(
                 f"task.data.group_column: domain '{domain}' has {count} group(s); train, validation and test "
-                f"need {MIN_GROUPS} (equal ones count once). Use finer or more groups, or task.data.domain_column=null"
+                f"need {MIN_GROUPS} (equal ones count once). Use finer or more groups, a larger task.data.max_bytes, or"
+                " task.data.domain_column=null"
             )
 
 

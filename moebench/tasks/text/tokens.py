@@ -255,7 +255,7 @@ def load_tokenizer(name: str, *, special_as_text: bool = False) -> Tokenizer:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
             f"task.data.tokenizer: '{name}' cannot be read ({reason}).{suggest(name, (BPE, 'bytes'))} Allowed: "
-            f"'{BPE}', 'bytes', a tokenizer.json or its folder, a hub name"
+            f"'{BPE}', 'bytes', a tokenizer.json or its folder, a hub name; for `moebench prepare` also train:VOCAB"
         ) from error
     return SubwordTokenizer(trained, name, special_as_text=special_as_text)
 

@@ -10,7 +10,7 @@ from support.prepared_text import prepare_folder
 from moebench.catalogue.sizes import list_size_rows
 from moebench.config import resolve
 from moebench.errors import UsageError
-from moebench.experiment.data_need import compute_data_need, require_epochs
+from moebench.experiment.data_need import DataNeed, _suggest_data, compute_data_need, require_epochs
 from moebench.experiment.files import list_sizes
 from moebench.experiment.grid import Experiment, expand, expand_routers
 from moebench.experiment.model_costs import ModelCosts
@@ -85,6 +85,17 @@ def test_a_size_of_the_call_is_above_the_keys_of_the_file_and_below_overrides(tm
     assert expand_routers(["switch"], "language", ["size=S0"]).name == "compare-switch-S0"
 
 
+def test_a_size_of_the_call_replaces_model_and_training_of_the_file(tmp_path: Path) -> None:
+    task = {"name": "language", "data": {"path": str(tmp_path / "text.txt"), "tokenizer": "bytes"}}
+    train = {"optimizer": "muon", "z_loss": 1e-4, "device": "cpu", "max_epochs": 9.0}
+    base = {"task": task, "model": {"tie_embeddings": True, "qk_norm": "head"}, "train": train}
+    config = experiment(tmp_path, "size=S1", base=base).cells[0].config
+    assert (config.train.optimizer, config.train.z_loss) == ("adamw", 0)  # defaults, as in the size
+    assert (config.model.tie_embeddings, config.model.qk_norm) == (False, "none")
+    assert (config.train.device, config.train.max_epochs) == ("cpu", 9)  # they change no result
+    assert config.task.data.tokenizer == "bytes"
+
+
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"size: 'S9' is unknown\. Allowed: S0, S1, S2, S3, demo"):
         experiment(tmp_path, "size=S9")
@@ -133,6 +144,7 @@ def test_a_size_in_the_working_folder_takes_the_place_of_a_packaged_one(
     for text, message in {
         "base: {router: {name: switch}}": "base.router: a size does not set it (allowed: model, train, task)",
         "base: {task: {name: vision}}": "base.task.name: a size does not set it",
+        "base: {model: {d_modl: 16}}": "base.model: 'd_modl' is unknown. Did you mean 'd_model'?",
         "base: 3": "base: must be a mapping of sections",
         "flops: -1": "size.flops must be greater than 0 and finite",
         "flop: 1": "flop: the top level has no key 'flop'. Did you mean 'flops'?",
@@ -164,6 +176,13 @@ def test_epochs_are_counted_and_limited(tmp_path: Path) -> None:
     allowed = experiment(tmp_path, "size=S0", "train.steps=50", "train.warmup_steps=1", "train.max_epochs=inf").cells
     require_epochs(allowed, costs)
     assert [cell.id for cell in allowed] == [cell.id for cell in cells]  # a limit changes no result
+
+
+def test_the_corpus_is_suggested_where_it_is_enough() -> None:
+    config = resolve({"task": {"name": "language"}, "router": "dense"})
+    for num_read, expected in ((600_000, "more data such as task.data.pack=corpus"), (700_000, "more data")):
+        need = DataNeed(num_read=num_read, num_samples=1, sample_bytes=1000.0, max_epochs=4)
+        assert _suggest_data(config, need) == expected
 
 
 def test_epochs_of_a_prepared_folder_are_counted_and_limited(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_shorter_tuning_runs_have_a_shorter_warmup_and_keep_no_weights(tmp_path:
         (["seeds=[100]"], "tune.seeds must be seeds that are not reported, got [100], which are in seeds"),
         (["tune.grid.train.steps=[5]"], "tune.grid.train.steps: cannot be tuned, because all arms train on the same"),
         (["tune.grid.model.d_model=[32]"], "tune.grid.model.d_model: cannot be tuned (allowed: keys of train, router"),
-        (["tune.grid.router.losses.load_balanc=[1]"], "has no effect on any arm. Did you mean 'router.losses.load_bal"),
+        (["tune.grid.router.losses.load_balanc=[1]"], "no arm has this key. Did you mean 'router.losses.load_bal"),
         (["tune.grid.train.learning_rate=[x]"], "tune.grid: train.learning_rate: 'x' was given. Allowed: a number"),
         (["tune.grid.train.learning_rate=[1e-3, 0.001]"], "the trials 'learning_rate=0.001' and"),
         (["tune.seedz=[1]"], "tune.seedz: tune has no key 'seedz'. Did you mean 'seeds'?"),

@@ -17,6 +17,7 @@ from moebench.tasks.text.tokens import MAX_VOCAB
 
 MANIFEST = "manifest.json"
 STATE = "prepare.json"
+NOT_FINISHED = "is not finished; the `moebench prepare` that began it continues where it stopped"
 """File of the options and the source, by which a run that was interrupted continues."""
 TOKENIZER = "tokenizer.json"
 OVERLAP = "overlap.json"
@@ -132,6 +133,10 @@ class Manifest:
 
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a folder; raise UsageError, which names the folder, if it is missing or not valid."""
+    if (folder / STATE).is_file() and not (folder / MANIFEST).exists():
+        raise UsageError(f"prepared folder '{folder}' {NOT_FINISHED}")
+    if not (folder / MANIFEST).exists():
+        raise UsageError(f"'{folder}' is not a prepared folder: it has no {MANIFEST}; `moebench prepare` writes one")
     try:
         with open_member(folder, MANIFEST) as file:
             data = file.read(LONGEST_MANIFEST + 1)

@@ -49,7 +49,8 @@ class PrepareOptions:
     """Threads that encode; the result does not depend on their number."""
 
     def __post_init__(self) -> None:
-        require(bool(self.sources) != (self.data.dataset is not None), "DATA", self.sources, "files, or --dataset")
+        given = " ".join(self.sources) or "nothing"
+        require(bool(self.sources) != (self.data.dataset is not None), "DATA", given, "files, or --dataset")
         require(self.split_by in SPLIT_BY, "--split-by", self.split_by, f"one of {', '.join(SPLIT_BY)}")
         if self.split_by != "document" and self.data.group_column is not None:
             raise UsageError(f"--split-by {self.split_by}: --group-column divides by group; give one of them")

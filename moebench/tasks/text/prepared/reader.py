@@ -18,6 +18,7 @@ from moebench.tasks.text.prepared.manifest import (
     BYTES,
     COUNTS,
     MANIFEST,
+    NOT_FINISHED,
     STATE,
     TOKENIZER,
     FileEntry,
@@ -48,10 +49,7 @@ def is_prepared(data: TextDataConfig) -> bool:
     except (OSError, ValueError, RuntimeError):
         return False  # a name that no file can have, which reading it reports
     if not (folder / MANIFEST).is_file():
-        raise UsageError(
-            f"task.data.path: '{data.path}' is not finished; the `moebench prepare` that began it continues where it"
-            " stopped"
-        )
+        raise UsageError(f"task.data.path: '{data.path}' {NOT_FINISHED}")
     return True
 
 

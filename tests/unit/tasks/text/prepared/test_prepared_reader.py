@@ -107,6 +107,8 @@ def test_the_options_of_prepare_are_no_others(folder):
 
 def test_an_unfinished_folder_is_named(folder):
     (folder / "manifest.json").unlink()
+    with pytest.raises(UsageError, match=f"prepared folder '{folder}' is not finished; the `moebench prepare` that"):
+        read_manifest(folder)
     with pytest.raises(UsageError, match="is not finished; the `moebench prepare` that began it continues"):
         is_prepared(TextDataConfig(path=str(folder)))
 
