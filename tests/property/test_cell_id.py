@@ -85,7 +85,6 @@ CHANGES: dict[str, tuple[Any, ...]] = {
     "train.cross_entropy": ("chunked",),
     "train.trainable": ("experts",),
     "train.tf32": (True,),
-    "train.compile": (True,),
     "balance.scope": ("local",),
     "parallel.data": (2,),
     "parallel.expert": (2,),
@@ -181,6 +180,7 @@ def test_the_tables_above_leave_no_key_out() -> None:
     covered = {*CHANGES, *NO_CHANGES, *named, *source, "router.losses", "train.eval_every"}
     covered |= {"model.rope_factor", "model.rope_original_length"}  # only with a scaling of positions
     covered |= {f"train.{key}" for key in (*MUON_KEYS, *DECAY_KEYS)}  # only with Muon, only with wsd
+    covered |= {"train.compile"}  # not with tf32
     covered |= {"train.mup_base_width"}  # not with every number of heads, see test_mup.py
     keys = leaves(to_plain(resolve({})))
     covered |= {key for key in keys if key.startswith("init.")}  # see test_init_config.py, test_combined_parents.py
@@ -200,6 +200,7 @@ def test_cell_id_follows_options_of_the_optimizer_where_they_have_an_effect() ->
     for chosen in ({"optimizer": "muon"}, {"schedule": "wsd"}):
         assert identity({"train": chosen | given}) != identity({"train": chosen})
     assert identity({"train": {"mup_base_width": 32}}) != identity({})
+    assert identity({"train": {"compile": True}}) != identity({})
 
 
 def component_data_fields() -> list[str]:
