@@ -84,15 +84,16 @@ def apply_size(config: ExperimentConfig, own_size: str | None, overrides: Mappin
         base = merge_settings(base, {"task": {"name": task}})
     preset = merge_settings({}, _read_size_of(config.size, task).base)
     preset["task"] = {"name": task, **preset.get("task", {})}
-    layers: tuple[Any, Any] = (preset, base) if config.size == own_size else (_leave_out_regime(base), preset)
+    layers: tuple[Any, Any] = (preset, base) if config.size == own_size else (_drop_model_and_training(base), preset)
     return replace(config, base=merge_settings(*layers))
 
 
-def _leave_out_regime(base: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `base` without its model and training: of `train`, keys that change no result stay."""
-    train = base.get("train", {})
-    kept = {key: value for key, value in train.items() if key in NOT_IN_ID["train"]}
-    return {section: value for section, value in base.items() if section not in ("model", "train")} | {"train": kept}
+def _drop_model_and_training(base: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` without the keys of its model, and of its training without those that change results."""
+    kept = {**base, "model": {}}
+    if isinstance(base.get("train"), Mapping):
+        kept["train"] = {key: value for key, value in base["train"].items() if key in NOT_IN_ID["train"]}
+    return kept
 
 
 def check_size(name: str | None, tasks: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from moebench.training.evaluation import batch_context, evaluation_mode
 from moebench.training.executed_cost import ExecutedCost
 from moebench.training.model import build_initialised_model, prepare_task
 
+# `oracle` is of another task; the other two split an expert into parts that no tiny width has.
 OF_TINY_WIDTHS = [name for name in LAYOUTS.names() if name not in ("oracle", "fine_grained", "hierarchical")]
 
 

@@ -94,6 +94,8 @@ def test_a_size_of_the_call_replaces_model_and_training_of_the_file(tmp_path: Pa
     assert (config.model.tie_embeddings, config.model.qk_norm) == (False, "none")
     assert (config.train.device, config.train.max_epochs) == ("cpu", 9)  # they change no result
     assert config.task.data.tokenizer == "bytes"
+    config = experiment(tmp_path, "size=S1", base={"task": task, "train": None}).cells[0].config
+    assert config.train.steps == 2630  # a section without keys
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:

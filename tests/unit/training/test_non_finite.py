@@ -11,9 +11,12 @@ from moebench.launch.error_report import classify_error
 from moebench.registry import load_plugin
 from moebench.runs.result import Fault
 from moebench.training import compilation
+from moebench.training.batches import build_loss_normalizer
 from moebench.training.divergence import NonFiniteError
+from moebench.training.evaluation import batch_context
+from moebench.training.model import build_initialised_model, prepare_task
 from moebench.training.module import CellModule
-from moebench.training.non_finite import FindingList
+from moebench.training.non_finite import FindingList, trace_step
 
 ROUTER = Path(__file__).parents[2] / "support" / "spoiled_router.py"
 BATCH = r"batch 3 of seed 0 \(windows (\d+, ){3}\d+\)"
@@ -57,12 +60,22 @@ def test_failure_names_step_batch_and_layer(text: Path, tmp_path: Path, options:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*lru_cache:UserWarning", "ignore:Dynamo does not know how to trace:UserWarning")
 @pytest.mark.filterwarnings(r"ignore:The \.grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_failure_in_compiled_blocks_names_the_layer(text: Path, tmp_path: Path, monkeypatch) -> None:
+def test_the_trace_of_compiled_blocks_names_a_module_inside(text: Path, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(compilation, "BACKEND", "eager")
-    load_plugin(str(ROUTER))
-    run = Run(tiny_config(text, router={"name": "spoiled", "call": 1}, train={"compile": True}), tmp_path)
-    with pytest.raises(NonFiniteError, match=r"first in the activation of backbone\.blocks\.\d\.feed_forward\.router "):
-        run()
+    config = tiny_config(text, router="top_k", train={"compile": True})
+    task = prepare_task(config, tmp_path)
+    module = CellModule(config, build_initialised_model(config, task), task)
+    compilation.compile_blocks(module.model, torch.device("cpu"))
+    for step, value in ((0, None), (1, 3e38)):  # what is compiled for step 1 is what its repetition finds
+        with torch.no_grad():
+            if value is not None:
+                dict(module.model.named_parameters())["backbone.blocks.0.feed_forward.bank.w_out_EFD"].fill_(value)
+        batch = module.source.make_micro_batches(step)[0]
+        outputs, records = module.run_passes(batch, batch_context(batch, training=True, seed=0, step=step))
+        normalizer = build_loss_normalizer(batch, config, module.mesh)
+        module.compute_loss(batch, outputs, records, normalizer)[0].total.backward()
+        module.zero_grad()
+    assert "first in the activation of backbone.blocks.0.feed_forward:" in trace_step(module, 1)
     torch._dynamo.reset()
 
 

@@ -17,8 +17,9 @@ from moebench.tasks.text.tokens import MAX_VOCAB
 
 MANIFEST = "manifest.json"
 STATE = "prepare.json"
-NOT_FINISHED = "is not finished; the `moebench prepare` that began it continues where it stopped"
 """File of the options and the source, by which a run that was interrupted continues."""
+NOT_FINISHED = "is not finished; the `moebench prepare` that began it continues where it stopped"
+"""What is said of a folder that has `STATE` and no `MANIFEST`."""
 TOKENIZER = "tokenizer.json"
 OVERLAP = "overlap.json"
 """File of the evaluation documents that are left out, until the folder is finished."""
