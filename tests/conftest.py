@@ -16,6 +16,7 @@ from support.case_selection import Collection, can_select_slow
 from support.command_line import FIXTURE_TIMEOUT_S, CommandLine, WarmCommandLine
 
 from moebench.errors import UsageError
+from moebench.experts.kernels import gemm_batch, padded_bmm
 from moebench.registry import HOMES, PLUGIN_MODULE, get_registry, load_plugin
 from moebench.routing.router import ROUTERS
 
@@ -47,6 +48,15 @@ def pytest_configure(config: pytest.Config) -> None:
             ROUTERS.get(config.getoption("--router"), where="--router")
     except UsageError as error:
         raise pytest.UsageError(str(error)) from error
+
+
+@pytest.fixture(scope="module")
+def kernels_for_few_rows() -> Iterator[None]:
+    """Batch and pad products of the few rows of a test, as is done for many."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kernel in (gemm_batch, padded_bmm):
+            patch.setattr(kernel, "MIN_ROWS", 1e-9)
+        yield
 
 
 @pytest.hookimpl(wrapper=True)

@@ -83,12 +83,13 @@ def _assign_rows(routing: Routing, by_expert: SortedKeys, groups: Groups) -> tup
     row_S = torch.arange(order_S.numel(), device=order_S.device)
     assignment_R = order_S
     if groups.capacity is not None:
-        expert_S = expert_N[order_S]
-        row_S = row_S - (groups.offset_E - groups.load_E)[expert_S] + expert_S * groups.capacity
-        assignment_R = expert_N.new_full((len(groups.load_E) * groups.capacity,), expert_N.numel())
-        assignment_R[row_S] = order_S
-    row_N = torch.zeros_like(expert_N)
-    row_N[order_S] = row_S
+        num_experts = len(groups.load_E)
+        start_E = torch.arange(0, num_experts * groups.capacity, groups.capacity)
+        shift_E = start_E - groups.offset_E + groups.load_E
+        row_S = row_S + shift_E.index_select(0, expert_N.index_select(0, order_S))
+        assignment_R = expert_N.new_full((num_experts * groups.capacity,), expert_N.numel())
+        assignment_R.scatter_(0, row_S, order_S)
+    row_N = torch.zeros_like(expert_N).scatter_(0, order_S, row_S)
     return row_N, assignment_R
 
 

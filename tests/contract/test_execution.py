@@ -26,6 +26,7 @@ from moebench.routing.context import RouteContext
 from moebench.routing.router import ROUTERS, RouterBuildContext
 from moebench.routing.values import Routing
 
+pytestmark = pytest.mark.usefixtures("kernels_for_few_rows")
 any_routing = st.one_of(crowded_routings, routings(holes=True), rectangles(holes=True))
 
 

@@ -29,6 +29,7 @@ from moebench.models.transformer import init_weights
 from moebench.routing.mixing import MergeRouting, SoftRouting
 from moebench.routing.values import AnyRouting, Routing
 
+pytestmark = pytest.mark.usefixtures("kernels_for_few_rows")
 FACTORS = (None, 0.25, 1.0, 1.25, 10.0)
 ACTIVATIONS = ("gelu", "swiglu")
 

@@ -15,6 +15,7 @@ from moebench.experts.capacity import Capacity, DropOrder, keep_first_slots, ord
 from moebench.experts.dispatch import DispatchPlan, combine, dispatch
 from moebench.routing.values import Routing
 
+pytestmark = pytest.mark.usefixtures("kernels_for_few_rows")
 orders = st.sampled_from(["router", "position", "score", "priority", "random"])
 
 

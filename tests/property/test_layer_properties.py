@@ -18,6 +18,7 @@ from moebench.experts.layer import LayerOptions, MoELayer
 from moebench.experts.reference import double_loop
 from moebench.routing.values import LayerRecord, Routing
 
+pytestmark = pytest.mark.usefixtures("kernels_for_few_rows")
 any_routing = st.one_of(crowded_routings, routings(holes=True, scored=True), rectangles(holes=True, scored=True))
 capacities = st.builds(
     Capacity,

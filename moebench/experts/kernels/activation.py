@@ -1,16 +1,10 @@
-"""Activations of hidden units by torch's operators: silu of the first half times the second half (gated), or gelu.
-
-On a CPU they go through the rows in blocks that stay in the cache, so that the operators do not each read and write
-main memory.
-"""
-
-from collections.abc import Iterator
+"""Activations of hidden units by torch's operators: silu of the first half times the second half (gated), or gelu."""
 
 import torch
 from torch import Tensor
 
-BLOCK = 2**17
-"""Elements of a block for each thread: smaller ones fit into more caches, but the calls cost more than they save."""
+from moebench.experts.kernels.rows import dot_rows
+
 aten = torch.ops.aten
 
 
@@ -27,26 +21,18 @@ def activate_in_parts(hidden_RF: Tensor, *, gated: bool, keep: bool = False) -> 
     if not gated:
         active_RF: Tensor = aten.gelu.default(hidden_RF)
         return active_RF, active_RF
-    active_RF = hidden_RF.new_empty(hidden_RF.shape[0], hidden_RF.shape[1] // 2)
-    silu_RF = torch.empty_like(active_RF) if keep else active_RF
-    for hidden, active, silu in _split(hidden_RF, active_RF, silu_RF):
-        gate, value = hidden.chunk(2, dim=-1)
-        torch.mul(aten.silu.out(gate, out=silu), value, out=active)
-    return active_RF, silu_RF
+    gate_RF, value_RF = hidden_RF.chunk(2, dim=-1)
+    silu_RF: Tensor = aten.silu.default(gate_RF)
+    return silu_RF * value_RF if keep else silu_RF.mul_(value_RF), silu_RF
 
 
 def activate_backward(grad_RF: Tensor, hidden_RF: Tensor, *, gated: bool) -> Tensor:
     """Return the gradient of the hidden units."""
-    grad_hidden_RF = torch.empty_like(hidden_RF)
-    for grad, hidden, grad_hidden in _split(grad_RF, hidden_RF, grad_hidden_RF):
-        if gated:
-            gate, value = hidden.chunk(2, dim=-1)
-            grad_gate, grad_value = grad_hidden.chunk(2, dim=-1)
-            torch.mul(aten.silu.default(gate), grad, out=grad_value)
-            aten.silu_backward.grad_input(grad * value, gate, grad_input=grad_gate)
-        else:
-            aten.gelu_backward.grad_input(grad, hidden, grad_input=grad_hidden)
-    return grad_hidden_RF
+    if not gated:
+        grad_hidden_RF: Tensor = aten.gelu_backward.default(grad_RF, hidden_RF)
+        return grad_hidden_RF
+    silu_RF = aten.silu.default(hidden_RF.chunk(2, dim=-1)[0])
+    return _gated_backward(grad_RF, silu_RF, hidden_RF, product_RF=silu_RF)
 
 
 def backward_with_inner(
@@ -56,34 +42,23 @@ def backward_with_inner(
 
     `expensive_RF`: what `activate_in_parts` kept; None: it is computed again. `grad_RF` is overwritten.
     """
-    inner_R = grad_RF.new_empty(grad_RF.shape[0], dtype=inner_dtype)
     if not gated:
         active_RF: Tensor = aten.gelu.default(hidden_RF) if expensive_RF is None else expensive_RF
-        for grad, hidden, active, inner in _split(grad_RF, hidden_RF, active_RF, inner_R):
-            torch.sum(active * grad, -1, dtype=inner_dtype, out=inner)
-            aten.gelu_backward.grad_input(grad, hidden, grad_input=grad)
-        return grad_RF, active_RF, inner_R
-    grad_hidden_RF, active_RF = torch.empty_like(hidden_RF), torch.empty_like(grad_RF)
-    silu_RF = active_RF if expensive_RF is None else expensive_RF
-    for grad, hidden, silu, active, inner, grad_hidden in _split(
-        grad_RF, hidden_RF, silu_RF, active_RF, inner_R, grad_hidden_RF
-    ):
-        gate, value = hidden.chunk(2, dim=-1)
-        grad_gate, grad_value = grad_hidden.chunk(2, dim=-1)
-        if expensive_RF is None:
-            aten.silu.out(gate, out=silu)
-        torch.mul(silu, grad, out=grad_value)
-        torch.mul(silu, value, out=active)
-        torch.sum(grad_value * value, -1, dtype=inner_dtype, out=inner)
-        aten.silu_backward.grad_input(grad.mul_(value), gate, grad_input=grad_gate)
-    return grad_hidden_RF, active_RF, inner_R
+        inner_R = dot_rows(active_RF, grad_RF, inner_dtype)
+        return aten.gelu_backward.grad_input(grad_RF, hidden_RF, grad_input=grad_RF), active_RF, inner_R
+    gate_RF, value_RF = hidden_RF.chunk(2, dim=-1)
+    silu_RF: Tensor = aten.silu.default(gate_RF) if expensive_RF is None else expensive_RF
+    active_RF = silu_RF * value_RF
+    inner_R = dot_rows(active_RF, grad_RF, inner_dtype)
+    return _gated_backward(grad_RF, silu_RF, hidden_RF, product_RF=grad_RF), active_RF, inner_R
 
 
-def _split(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield the tensors' rows in blocks: all of them at once where they are not on a CPU."""
-    longest = max(tensors, key=Tensor.numel)
-    elements = BLOCK * torch.get_num_threads()
-    if longest.device.type != "cpu" or longest.numel() <= elements:
-        return iter([tensors])
-    num_rows = max(elements * len(longest) // longest.numel(), 1)
-    return zip(*(torch.split(tensor, num_rows) for tensor in tensors), strict=True)
+def _gated_backward(grad_RF: Tensor, silu_RF: Tensor, hidden_RF: Tensor, *, product_RF: Tensor) -> Tensor:
+    """Return the gradient of the hidden units; `product_RF`: memory for a product, which may be that of the others."""
+    gate_RF, value_RF = hidden_RF.chunk(2, dim=-1)
+    grad_hidden_RF = torch.empty_like(hidden_RF)
+    grad_gate_RF, grad_value_RF = grad_hidden_RF.chunk(2, dim=-1)
+    torch.mul(silu_RF, grad_RF, out=grad_value_RF)
+    torch.mul(grad_RF, value_RF, out=product_RF)
+    aten.silu_backward.grad_input(product_RF, gate_RF, grad_input=grad_gate_RF)
+    return grad_hidden_RF

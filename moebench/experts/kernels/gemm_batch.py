@@ -20,6 +20,8 @@ Loads = Sequence[int]
 FLOAT_BYTES = 4
 SHARES = 5
 """A product of more than a fifth of a thread's part of the rows is not left to one thread (measured on two threads)."""
+MIN_ROWS = 16
+"""Rows per expert below which torch's loop over products is faster: each reads a matrix, which threads then share."""
 
 
 @functools.cache
@@ -33,8 +35,14 @@ def is_available() -> bool:
 
 
 def fits(groups: Groups, x_RI: Tensor, other: Tensor) -> bool:
-    """Return whether the loads are known and the routine takes both tensors."""
-    return bool(groups.loads) and is_supported(x_RI) and is_supported(other) and is_available()
+    """Return whether the loads are known, a batch is worth its call, and the routine takes both tensors."""
+    loads = groups.loads or ()
+    return bool(loads) and _is_worthwhile(loads) and is_supported(x_RI) and is_supported(other) and is_available()
+
+
+def _is_worthwhile(loads: Loads) -> bool:
+    """Return whether experts have enough rows, and the products of most of them are left to one thread each."""
+    return sum(loads) >= MIN_ROWS * len(loads) and 2 * len(_products_of_all_threads(loads)) <= len(loads)
 
 
 def is_supported(tensor: Tensor) -> bool:

@@ -11,13 +11,16 @@ SPARE_ROWS, SPARE_ROWS_LOOPED = 5, 12
 which several threads share each product. Measured for 8 to 256 rows per expert and matrices of 64 x 128 to
 512 x 2048."""
 
+MIN_ROWS = 16
+"""Rows per expert below which padding costs more than one call saves."""
+
 
 def compute_padded_capacity(loads: tuple[int, ...]) -> int | None:
     """Return the rows per expert at which padding costs no more than it saves, None when it costs more."""
     is_looped = torch.get_num_threads() > 1 and not gemm_batch.is_available()
     spare = SPARE_ROWS_LOOPED if is_looped else SPARE_ROWS
-    fullest = max(loads)
-    return fullest if 0 < fullest <= sum(loads) / len(loads) + spare else None
+    fullest, mean = max(loads), sum(loads) / len(loads)
+    return fullest if mean >= MIN_ROWS and fullest <= mean + spare else None
 
 
 def fits(groups: Groups, x_RI: Tensor, other: Tensor) -> bool:

@@ -61,8 +61,10 @@ def uses_triton(tensor: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or tensor.dtype not in DTYPES or tensor.device.type not in ("cpu", "cuda"):
         return False
+    choice = os.environ.get(VARIABLE)
+    if not choice and not tensor.is_cuda:  # asked several times in each layer, and a small one takes little longer
+        return False
     require_kernels(on_gpu=tensor.is_cuda)
-    choice = read_choice()
     if not tensor.is_cuda:
         return choice == "interpret"
     has_kernels = choice != "torch" and is_installed("triton") and compiles_kernels(tensor.device)

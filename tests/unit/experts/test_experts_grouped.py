@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moebench.experts.grouped import Kernel, choose_kernel, group_rows, grouped_matmul
+from moebench.experts.grouped import Kernel, group_rows, grouped_matmul
 from moebench.experts.kernels import gemm_batch, grouped_mm, loop, padded_bmm
 from moebench.experts.kernels.groups import Groups
 
+pytestmark = pytest.mark.usefixtures("kernels_for_few_rows")
 KERNELS = {"padded_bmm": padded_bmm, "gemm_batch": gemm_batch, "grouped_mm": grouped_mm, "loop": loop}
 
 
@@ -46,19 +47,6 @@ def test_every_kernel_computes_the_same(name: str, transposed: bool, loads: list
     torch.testing.assert_close(kernel.product(groups, x_RI, weight_EIO), multiply_in_loop(x_RI, weight_EIO, loads))
     gradient_EIO = torch.stack([x.T @ g for x, g in zip(x_RI.split(loads), grad_RO.split(loads), strict=True)])
     torch.testing.assert_close(kernel.weight_gradient(groups, x_RI, grad_RO), gradient_EIO)
-
-
-def test_the_first_kernel_that_fits_is_chosen() -> None:
-    x_RI, weight_EIO, loads = normal(6, 8), normal(2, 8, 4, seed=1), torch.tensor([3, 3])
-    on_cpu = gemm_batch if gemm_batch.is_available() else grouped_mm
-    assert choose_kernel(group_rows(loads, may_pad=True), x_RI, weight_EIO) is padded_bmm
-    assert choose_kernel(group_rows(loads), x_RI, weight_EIO) is on_cpu
-    assert choose_kernel(group_rows(loads), x_RI.bfloat16(), weight_EIO.bfloat16()[..., :0]) is grouped_mm
-    assert choose_kernel(group_rows(loads), x_RI.bfloat16(), weight_EIO.bfloat16()) is loop, "8 bytes a row of results"
-    assert choose_kernel(group_rows(loads), x_RI.double(), weight_EIO.double()) is loop
-    on_device = Groups(load_E=loads, offset_E=loads.cumsum(0, dtype=torch.int32), loads=None, capacity=None)
-    assert choose_kernel(on_device, x_RI.bfloat16(), weight_EIO.bfloat16()) is grouped_mm, "padded with zeros"
-    assert choose_kernel(on_device, x_RI[:0], weight_EIO) is loop
 
 
 def test_rows_that_are_part_of_a_wider_matrix() -> None:

@@ -93,12 +93,11 @@ def weighted_backward(grad_RF: Tensor, hidden_RF: Tensor, weight_R: Tensor, gate
     return weighted_backward(grad_RF, hidden_RF, weight_R, gated=gated)
 
 
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [0, 1, 5])
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("gated", [True, False], ids=["swiglu", "gelu"])
-def test_operators_in_blocks(gated: bool, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_operators_in_parts(gated: bool, dtype: torch.dtype, rows: int) -> None:
     width, wide = 6, torch.promote_types(dtype, torch.float32)
-    monkeypatch.setattr(activation_operators, "BLOCK", 2 * width)  # one or two rows in a block
     hidden_RF, grad_RF = draw(rows, width * (1 + gated), dtype=dtype), draw(rows, width, dtype=dtype)
     exact_RF = hidden_RF.clone().double().requires_grad_()
     expected_RF = reference_activation(exact_RF, gated=gated)
