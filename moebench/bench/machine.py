@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from moebench.bench.allocator import keep_freed_memory
+from moebench.allocator import keep_freed_memory
 from moebench.bench.layer.peers.register import list_versions
 from moebench.bench.layer.variants import has_bf16_units
 from moebench.cores import available_cores

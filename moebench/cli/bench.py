@@ -155,7 +155,7 @@ def step(
     rounds: Rounds = 7,
     threads: Threads = None,
     device: Device = "auto",
-    allocator: Allocator = "default",
+    allocator: Allocator = "keep",
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
     plot: Plot = None,

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from filelock import FileLock, Timeout
 from torch.distributed.checkpoint.api import CheckpointException
 
+from moebench.allocator import keep_freed_memory
 from moebench.file_access import open_to_write
 from moebench.interrupts import STOP_SIGNALS
 from moebench.launch.descendants import adopt_orphans, kill_descendants
@@ -129,6 +130,7 @@ def run_worker(path: str, results: str, process_info: ProcessInfo, pipe: Connect
 
 def _train(folder: RunFolder, results: Path, process_info: ProcessInfo, connection: RunnerConnection) -> dict[str, Any]:
     """Train, and return the exit report; the runner, which has the reports of all processes, writes a failed result."""
+    keep_freed_memory()
     try:
         result = train_from_folder(
             folder,

@@ -21,6 +21,7 @@ ORDER = (
         "interrupts",
         "process_setup",
         "cores",
+        "allocator",
         "ranks",
         "seeds",
         "plugin_errors",

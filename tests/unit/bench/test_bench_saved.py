@@ -2,7 +2,7 @@
 
 import torch
 
-from moebench.bench.allocator import keep_freed_memory
+from moebench.allocator import keep_freed_memory
 from moebench.bench.layer.problem import make_problem
 from moebench.bench.layer.row import compare_outputs
 from moebench.bench.layer.saved import count_saved_bytes, min_saved_bytes
