@@ -45,10 +45,15 @@ class DispatchPlan:
     """The rows of each token."""
 
     @classmethod
-    def of(cls, routing: Routing, *, may_pad: bool = False, order_N: Tensor | None = None) -> "DispatchPlan":
-        """Sort the assignments by expert; `order_N`: that of an earlier plan of the same routing."""
+    def of(
+        cls, routing: Routing, *, pad_for: torch.dtype | None = None, order_N: Tensor | None = None
+    ) -> "DispatchPlan":
+        """Sort the assignments by expert; `order_N`: that of an earlier plan of the same routing.
+
+        `pad_for` as in `group_rows`.
+        """
         by_expert = routing.sort_by_expert() if order_N is None else SortedKeys(index_N=order_N)
-        groups = group_rows(routing.load_E, may_pad=may_pad)
+        groups = group_rows(routing.load_E, pad_for=pad_for)
         row_N, assignment_R = _assign_rows(routing, by_expert, groups)
         token_N = routing.token_N if groups.capacity is None else functional.pad(routing.token_N, (0, 1))
         return cls(

@@ -38,7 +38,7 @@ class FusedExperts:
         cls, x_TD: Tensor, routing: Routing, name: str, *, recompute: bool, order_N: Tensor | None = None
     ) -> "FusedExperts":
         """Plan a routing; `name`: the activation's; `order_N` as in `DispatchPlan.of`."""
-        plan = DispatchPlan.of(routing, may_pad=x_TD.element_size() <= 4, order_N=order_N)
+        plan = DispatchPlan.of(routing, pad_for=x_TD.dtype, order_N=order_N)
         keeps = not recompute and torch.is_grad_enabled() and x_TD.device.type == "cpu" and not uses_triton(x_TD)
         return cls(plan=plan, gated=GATED[name], keeps_activation=keeps)
 

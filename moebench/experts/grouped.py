@@ -32,10 +32,13 @@ def choose_kernel(groups: Groups, x_RI: Tensor, other: Tensor) -> Kernel:
     return next(kernel for kernel in KERNELS if kernel.fits(groups, x_RI, other))
 
 
-def group_rows(load_E: Tensor, *, may_pad: bool = False) -> Groups:
-    """Choose the layout of rows: on a CPU padded if the fullest expert is hardly above the mean, else packed."""
+def group_rows(load_E: Tensor, *, pad_for: torch.dtype | None = None) -> Groups:
+    """Choose the layout of rows: on a CPU padded if the fullest expert is hardly above the mean, else packed.
+
+    `pad_for`: the type of rows that may be padded; None: they may not.
+    """
     loads = tuple(load_E.tolist()) if load_E.device.type == "cpu" else None
-    capacity = padded_bmm.compute_padded_capacity(loads) if loads and may_pad else None
+    capacity = padded_bmm.compute_padded_capacity(loads, pad_for) if loads and pad_for else None
     return Groups(load_E=load_E, offset_E=load_E.cumsum(0, dtype=torch.int32), loads=loads, capacity=capacity)
 
 

@@ -85,7 +85,7 @@ class PackedKernel:
         return torch.stack([rows.T @ grad for rows, grad in pairs])
 
 
-def without_loads_on_host(load_E: Tensor, *, may_pad: bool = False) -> Groups:
+def without_loads_on_host(load_E: Tensor, *, pad_for: torch.dtype | None = None) -> Groups:
     return Groups(load_E=load_E, offset_E=load_E.cumsum(0, dtype=torch.int32), loads=None, capacity=None)
 
 

@@ -196,7 +196,7 @@ def test_every_assignment_that_counts_has_a_row_of_its_expert(
     if masked:
         size = routing.token_N.numel()
         routing = routing.keep(torch.tensor(data.draw(st.lists(st.booleans(), min_size=size, max_size=size))).bool())
-    plan = DispatchPlan.of(routing, may_pad=may_pad)
+    plan = DispatchPlan.of(routing, pad_for=torch.float32 if may_pad else None)
     groups = plan.groups
     assert groups.loads == tuple(routing.load_E.tolist())
     assert plan.assignment_R.numel() == groups.num_rows

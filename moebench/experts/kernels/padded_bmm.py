@@ -1,5 +1,7 @@
 """One batched product of equal sizes: every expert is padded to the fullest, where loads are nearly equal."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,16 +13,16 @@ SPARE_ROWS, SPARE_ROWS_LOOPED = 5, 12
 which several threads share each product. Measured for 8 to 256 rows per expert and matrices of 64 x 128 to
 512 x 2048."""
 
-MIN_ROWS = 16
-"""Rows per expert below which padding costs more than one call saves."""
+MIN_ROWS = {torch.float32: 16, torch.bfloat16: 1, torch.float16: 1}
+"""Rows per expert from which one call saves more than padding costs; a type that is not listed is never padded."""
 
 
-def compute_padded_capacity(loads: tuple[int, ...]) -> int | None:
+def compute_padded_capacity(loads: tuple[int, ...], dtype: torch.dtype) -> int | None:
     """Return the rows per expert at which padding costs no more than it saves, None when it costs more."""
     is_looped = torch.get_num_threads() > 1 and not gemm_batch.is_available()
     spare = SPARE_ROWS_LOOPED if is_looped else SPARE_ROWS
     fullest, mean = max(loads), sum(loads) / len(loads)
-    return fullest if mean >= MIN_ROWS and fullest <= mean + spare else None
+    return fullest if mean >= MIN_ROWS.get(dtype, math.inf) and fullest <= mean + spare else None
 
 
 def fits(groups: Groups, x_RI: Tensor, other: Tensor) -> bool:

@@ -39,7 +39,7 @@ def test_every_kernel_computes_the_same(name: str, transposed: bool, loads: list
     kernel = kernel_of(name)
     if name == "padded_bmm":
         loads = [max(loads)] * 3
-    groups = group_rows(torch.tensor(loads), may_pad=name == "padded_bmm")
+    groups = group_rows(torch.tensor(loads), pad_for=torch.float32 if name == "padded_bmm" else None)
     x_RI, grad_RO = normal(sum(loads), 8), normal(sum(loads), 12, seed=1)
     weight_EIO = normal(3, 12, 8, seed=2).transpose(1, 2) if transposed else normal(3, 8, 12, seed=2)
     assert kernel.fits(groups, x_RI, weight_EIO)
@@ -90,7 +90,7 @@ def test_rows_behind_the_last_expert_are_not_touched(name: str) -> None:
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=9))
 def test_padding_is_bounded_and_only_for_nearly_even_loads(loads: list[int]) -> None:
-    groups = group_rows(torch.tensor(loads), may_pad=True)
+    groups = group_rows(torch.tensor(loads), pad_for=torch.float32)
     assert groups.num_rows is not None
     if groups.capacity is None:
         assert groups.num_rows == sum(loads)

@@ -15,8 +15,10 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def test_the_first_kernel_that_fits_is_chosen() -> None:
     x_RI, weight_EIO, loads = normal(6, 8), normal(2, 8, 4, seed=1), torch.tensor([3, 3])
-    assert choose_kernel(group_rows(5 * loads, may_pad=True), x_RI, weight_EIO) is grouped_mm
-    assert choose_kernel(group_rows(6 * loads, may_pad=True), x_RI, weight_EIO) is padded_bmm
+    assert choose_kernel(group_rows(5 * loads, pad_for=torch.float32), x_RI, weight_EIO) is grouped_mm
+    assert choose_kernel(group_rows(6 * loads, pad_for=torch.float32), x_RI, weight_EIO) is padded_bmm
+    assert group_rows(loads, pad_for=torch.bfloat16).capacity == 3
+    assert group_rows(6 * loads, pad_for=torch.float64).capacity is None
     assert choose_kernel(group_rows(loads), x_RI, weight_EIO) is grouped_mm
     assert choose_kernel(group_rows(loads), x_RI.bfloat16(), weight_EIO.bfloat16()[..., :0]) is grouped_mm
     assert choose_kernel(group_rows(loads), x_RI.bfloat16(), weight_EIO.bfloat16()) is loop, "8 bytes a row of results"

@@ -213,7 +213,7 @@ few = settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 any_routing = st.one_of(crowded_routings, routings(holes=True), rectangles(holes=True))
 
 
-def group_rows_as_on_a_gpu(load_E: Tensor, *, may_pad: bool = False) -> Groups:
+def group_rows_as_on_a_gpu(load_E: Tensor, *, pad_for: torch.dtype | None = None) -> Groups:
     """Return groups whose loads only the device knows."""
     return Groups(load_E=load_E, offset_E=load_E.cumsum(0, dtype=torch.int32), loads=None, capacity=None)
 
