@@ -81,7 +81,7 @@ def serve(threads: int) -> None:
     """Answer the requests on standard input: list the rows, build one, time it."""
     import torch
 
-    from moebench.bench.layer.problem import make_problem
+    from moebench.bench.layer.problem import Candidate, make_problem
     from moebench.bench.layer.saved import count_saved_bytes
     from moebench.bench.layer.shapes import PRESETS
     from moebench.bench.layer.variants import build_variants
@@ -96,7 +96,8 @@ def serve(threads: int) -> None:
         elif "build" in request:
             shape = next(shape for shape in PRESETS if shape.name == request["build"])
             problem = make_problem(shape, request["load"], seed=0, device=device, dtype=torch.float32)
-            layer = next(each for each in build_variants(problem) if each.name == "moebench")
+            layers = [each for each in build_variants(problem) if isinstance(each, Candidate)]
+            layer = next(each for each in layers if each.name == "moebench")
             layer.module.train()
             grad_TD = torch.randn(problem.x_TD.shape, generator=torch.Generator().manual_seed(0))
             reply = count_saved_bytes(partial(layer.forward, problem.x_TD), [*layer.module.parameters(), problem.x_TD])
