@@ -32,8 +32,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", action="append", help="a row such as switch:zipf; repeatable")
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error("--rounds: at least 2, for quartiles")
+    for tree in (options.old, options.new):
+        if not (tree / "moebench" / "__init__.py").is_file():
+            parser.error(f"{tree}: has no package moebench")
     versions = [Version(tree, options.threads) for tree in (options.old, options.new)]
-    for row in options.only or versions[0].ask({"list": True}):
+    rows = [row for row in versions[0].ask({"list": True}) if row in versions[1].ask({"list": True})]
+    unknown = set(options.only or ()) - {*rows}
+    if unknown:
+        parser.error(f"--only: {', '.join(sorted(unknown))} (allowed: {', '.join(rows)})")
+    for row in options.only or rows:
         compare(row, versions, options.rounds)
 
 

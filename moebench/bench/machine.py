@@ -13,7 +13,9 @@ from moebench.routing.kernels.backend import require_kernels
 from moebench.runs.environment import collect_environment
 
 DEVICES = ("auto", "cpu", "cuda")
-ALLOCATORS = ("keep", "default")
+ALLOCATORS = ("keep", "training", "default")
+
+KEPT = {"keep": "keeps freed memory", "training": "keeps freed memory up to 32 MB a block"}
 
 
 def choose_device(name: str) -> torch.device:
@@ -34,10 +36,10 @@ def prepare_machine(*, threads: int | None, allocator: str, device: torch.device
     if allocator not in ALLOCATORS:
         raise build_unknown_error("--allocator", allocator, ALLOCATORS)
     torch.set_num_threads(threads or available_cores())
-    keeps_memory = allocator == "keep" and keep_freed_memory()
+    keeps_memory = allocator != "default" and keep_freed_memory(all_blocks=allocator == "keep")
     return collect_environment(torch.get_num_threads()) | {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "allocator": "keeps freed memory" if keeps_memory else "default",
+        "allocator": KEPT[allocator] if keeps_memory else "default",
         "bf16_units": has_bf16_units(device),
         "peers": list_versions(),
     }

@@ -30,7 +30,10 @@ Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: 
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of weights and inputs.")]
 Allocator = Annotated[
-    str, typer.Option(help="keep: glibc keeps freed memory, for all variants; default: glibc's own setting.")
+    str,
+    typer.Option(
+        help="keep: glibc keeps all freed memory; training: blocks up to 32 MB, as in training; default: none."
+    ),
 ]
 Plot = Annotated[Path | None, typer.Option(help="Write a figure to this PNG, PDF or SVG file.")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")]
@@ -155,7 +158,7 @@ def step(
     rounds: Rounds = 7,
     threads: Threads = None,
     device: Device = "auto",
-    allocator: Allocator = "keep",
+    allocator: Allocator = "training",
     results: Results = DEFAULT_RESULTS,
     plugin: Plugins = None,
     plot: Plot = None,

@@ -89,7 +89,7 @@ def _assign_rows(routing: Routing, by_expert: SortedKeys, groups: Groups) -> tup
     assignment_R = order_S
     if groups.capacity is not None:
         num_experts = len(groups.load_E)
-        start_E = torch.arange(0, num_experts * groups.capacity, groups.capacity)
+        start_E = torch.arange(0, num_experts * groups.capacity, groups.capacity, device=order_S.device)
         shift_E = start_E - groups.offset_E + groups.load_E
         row_S = row_S + shift_E.index_select(0, expert_N.index_select(0, order_S))
         assignment_R = expert_N.new_full((num_experts * groups.capacity,), expert_N.numel())

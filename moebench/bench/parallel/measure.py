@@ -104,7 +104,7 @@ class Benchmark:
 
 def measure(settings: Settings, report_progress: Callable[[str], None] = lambda text: None) -> Benchmark:
     """Train a few steps on every mesh, meshes taking turns; call `report_progress` with a line for each run."""
-    machine = prepare_machine(threads=1, allocator="default", device=choose_device(settings.device))
+    machine = prepare_machine(threads=1, allocator="training", device=choose_device(settings.device))
     meshes: list[MeshTimes] = []
     with tempfile.TemporaryDirectory(prefix="moebench-") as folder:
         for width in settings.widths:

@@ -54,7 +54,7 @@ class Settings:
     rounds: int = 7
     threads: int | None = None
     device: str = "auto"
-    allocator: str = "keep"
+    allocator: str = "training"
 
     def cells(self) -> Experiment:
         """Return the experiment whose arms are measured."""

@@ -4,6 +4,7 @@ The kernel takes rows of 16- or 32-bit floats whose size is a multiple of 16 byt
 widths are padded with zeros: that costs a copy, whereas a loop over experts would wait for the loads.
 """
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,6 +17,8 @@ ROW_BYTES = 16
 def fits(groups: Groups, x_RI: Tensor, other: Tensor) -> bool:
     """Return whether the kernel takes the rows; `other` has one matrix per expert, or one gradient per row."""
     takes_rows = x_RI.shape[0] > 0 and x_RI.element_size() <= 4
+    if torch.compiler.is_compiling() and x_RI.dtype != torch.bfloat16 and x_RI.device.type == "cpu":
+        return False  # torch's tracing knows the product on a CPU in bf16 only
     return takes_rows and (groups.loads is None or _is_aligned(x_RI, other))
 
 

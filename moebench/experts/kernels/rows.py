@@ -42,7 +42,7 @@ def dot_rows(x_RD: Tensor, y_RD: Tensor, dtype: torch.dtype) -> Tensor:
     if x_RD.device.type != "cpu" or x_RD.dtype != dtype or x_RD.numel() == 0:
         return (x_RD * y_RD).sum(-1, dtype=dtype)
     # The gradient of the weights of an embedding bag: one pass over memory, where a product and its sum make three.
-    row_R = torch.arange(len(x_RD))
+    row_R = torch.arange(len(x_RD), device=x_RD.device)
     inner_R: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         x_RD, y_RD, row_R, row_R, row_R, SUM_MODE
     )

@@ -2,7 +2,6 @@
 
 import torch
 
-from moebench.allocator import keep_freed_memory
 from moebench.bench.layer.problem import make_problem
 from moebench.bench.layer.row import compare_outputs
 from moebench.bench.layer.saved import count_saved_bytes, min_saved_bytes
@@ -61,7 +60,3 @@ def test_a_forced_even_load_cycles_through_the_experts() -> None:
     assert forced.load_E.tolist() == [16, 16, 16, 16]
     assert forced.expert_N[:6].tolist() == [0, 1, 2, 3, 0, 1]
     assert torch.equal(forced.weight_N, own.weight_N)
-
-
-def test_keep_freed_memory_is_idempotent() -> None:
-    assert keep_freed_memory() == keep_freed_memory()

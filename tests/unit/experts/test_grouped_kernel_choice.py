@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moebench.experts.grouped import choose_kernel, group_rows
+from moebench.experts.grouped import choose_kernel, group_rows, grouped_matmul
 from moebench.experts.kernels import gemm_batch, grouped_mm, loop, padded_bmm
 from moebench.experts.kernels.groups import Groups
 
@@ -45,3 +45,12 @@ def test_a_batch_has_enough_products_and_rows(
         kernel.product(group_rows(torch.tensor(loads)), x_RI, weight_EIO),
         torch.cat([rows @ weight for rows, weight in zip(x_RI.split(loads), weight_EIO, strict=True)]),
     )
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch, in its tracing
+def test_products_of_few_rows_are_traced() -> None:
+    # torch traces its grouped product on a CPU in bf16 only.
+    x_RI, weight_EIO, load_E = normal(8, 8), normal(4, 8, 4, seed=1), torch.tensor([3, 0, 1, 4])
+    assert choose_kernel(group_rows(load_E), x_RI, weight_EIO) is grouped_mm
+    compiled = torch.compile(grouped_matmul, backend="aot_eager")
+    torch.testing.assert_close(compiled(x_RI, weight_EIO, load_E), grouped_matmul(x_RI, weight_EIO, load_E))
