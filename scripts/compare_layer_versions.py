@@ -1,6 +1,6 @@
-"""Time the expert layer of two versions of moebench by turns, so that the noise of the machine is in both.
+"""Time the expert layer of two versions of moebench alternately, so that the noise of the machine is in both.
 
-    git archive v0.9 moebench | tar -x -C /tmp/old
+    git archive COMMIT moebench | tar -x -C /tmp/old
     python scripts/compare_layer_versions.py /tmp/old . --rounds 24
 
 Each version runs in its own process, with the same seeds and threads; both get the same rows of `moebench bench layer`,
@@ -38,7 +38,8 @@ def main() -> None:
         if not (tree / "moebench" / "__init__.py").is_file():
             parser.error(f"{tree}: has no package moebench")
     versions = [Version(tree, options.threads) for tree in (options.old, options.new)]
-    rows = [row for row in versions[0].ask({"list": True}) if row in versions[1].ask({"list": True})]
+    rows, others = (version.ask({"list": True}) for version in versions)
+    rows = [row for row in rows if row in others]
     unknown = set(options.only or ()) - {*rows}
     if unknown:
         parser.error(f"--only: {', '.join(sorted(unknown))} (allowed: {', '.join(rows)})")

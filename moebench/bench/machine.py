@@ -13,9 +13,9 @@ from moebench.routing.kernels.backend import require_kernels
 from moebench.runs.environment import collect_environment
 
 DEVICES = ("auto", "cpu", "cuda")
-ALLOCATORS = ("keep", "training", "default")
-
 KEPT = {"keep": "keeps freed memory", "training": "keeps freed memory up to 32 MB a block"}
+"""Choices of `--allocator` that keep freed memory, and how a description of the machine names them."""
+ALLOCATORS = (*KEPT, "default")
 
 
 def choose_device(name: str) -> torch.device:
